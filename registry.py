@@ -1,0 +1,137 @@
+"""Names for the parts a user can choose or bring: modes, policies, selectors, predictors.
+
+A registry is a table of `"name": "module:Class"`. Nothing is imported until a name is resolved, so a config can be
+validated and `--plan` printed without loading torch. A name that contains a colon is an import path of the user's own
+class (`"my_module:MyPolicy"`), looked up from the current folder like any Python module.
+
+Parameters of a part are the fields of its dataclass: `policy: lru` or `policy: {name: lru, ...}` in YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+class UnknownName(ValueError):
+    """A name that no registry knows, with the nearest known one."""
+
+
+def nearest(word: str, known: list[str] | set[str] | Mapping[str, Any]) -> str:
+    """`"; did you mean 'x'?"` for the known word nearest to `word`, or an empty string when none is near."""
+    matches = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+class Registry:
+    """A lazy table of names to `"module:Class"`.
+
+    Args:
+        kind: what the names name, in the singular (`"policy"`); used in messages.
+        table: name -> import path.
+    """
+
+    def __init__(self, kind: str, table: dict[str, str]):
+        self.kind, self.table = kind, dict(table)
+
+    def __iter__(self):
+        return iter(self.table)
+
+    def check(self, name: str) -> None:
+        """Raise `UnknownName` unless `name` is registered or an import path. Imports nothing."""
+        if name not in self.table and ":" not in name:
+            known = ", ".join(sorted(self.table))
+            raise UnknownName(
+                f"unknown {self.kind} {name!r}{nearest(name, self.table)} (known: {known}; or 'module:Class')"
+            )
+
+    def load(self, name: str) -> Any:
+        """The class or function behind `name`.
+
+        Raises:
+            UnknownName: the name is not registered, or its import path leads nowhere.
+        """
+        self.check(name)
+        path = self.table.get(name, name)
+        module_name, _, attribute = path.partition(":")
+        if name not in self.table and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except ModuleNotFoundError as error:
+            if error.name != module_name:
+                raise
+            raise UnknownName(f"{self.kind} {name!r}: there is no module {module_name!r} to import") from None
+        except AttributeError:
+            raise UnknownName(f"{self.kind} {name!r}: module {module_name!r} has no {attribute!r}") from None
+
+    def create(self, choice: str | Mapping[str, Any]) -> Any:
+        """A new instance from `"name"` or `{"name": ..., parameter: value}`.
+
+        Raises:
+            UnknownName: the name is unknown.
+            ValueError: a parameter is unknown; the message lists those there are.
+        """
+        parameters = {} if isinstance(choice, str) else {k: v for k, v in choice.items() if k != "name"}
+        name = choice if isinstance(choice, str) else choice["name"]
+        cls = self.load(name)
+        known = parameters_of(cls)
+        for key in parameters:
+            if key not in known:
+                raise ValueError(
+                    f"{self.kind} {name!r} has no parameter {key!r}{nearest(key, known)}"
+                    f" (parameters: {', '.join(known) or 'none'})"
+                )
+        return cls(**parameters)
+
+    def describe(self) -> list[tuple[str, dict[str, Any], str]]:
+        """`(name, {parameter: default}, first line of the docstring)` for every registered name."""
+        rows = []
+        for name in self.table:
+            cls = self.load(name)
+            doc = (cls.__doc__ or "").strip().splitlines()
+            rows.append((name, parameters_of(cls), doc[0] if doc else ""))
+        return rows
+
+
+def parameters_of(cls: Any) -> dict[str, Any]:
+    """The fields a user may set on a dataclass, with their defaults; empty for anything else."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    return {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(cls)
+        if field.init
+    }
+
+
+MODES = Registry(
+    "mode",
+    {
+        "baseline": "inference_baseline:run",
+        "reactive": "kv_paging:run",
+        "predictive": "predictive_prefetch:run",
+    },
+)
+POLICIES = Registry(
+    "policy",
+    {
+        "lru": "page_policies:LRU",
+        "mru": "page_policies:MRU",
+        "fifo": "page_policies:FIFO",
+    },
+)
+SELECTORS = Registry("selector", {"all": "page_selectors:All"})
+PREDICTORS = Registry(
+    "predictor",
+    {
+        "none": "page_predictors:NoPrediction",
+        "last_step": "page_predictors:LastStep",
+        "layer_ahead": "page_predictors:LayerAhead",
+    },
+)
