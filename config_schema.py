@@ -1,0 +1,256 @@
+"""What a config may say: the keys of each mode, with their meaning, defaults, limits and rules.
+
+The one idea: these pydantic classes are the only description of a config. What a key means, its default and
+its limits are written once, in its `Field`; the checks, the messages (`config_messages`) and the commented
+default file (`default_config`) all come from there. To add a key, add a field.
+
+A limit of one value stands in its type, and a rule between several values in `conflicts`. Both refuse in
+words that `config_messages` can print: a type by a `ValueError` with the rest of a sentence that the key
+begins ("must be ..."), a rule by a sentence of its own.
+
+Names of policies, selectors and predictors are checked against `registry`, which imports none of them: a
+config is validated without loading torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+import links
+from registry import POLICIES, PREDICTORS, SELECTORS, Registry, nearest
+from run_specs import PagingSpec, PrefetchSpec
+from yaml_source import described
+
+# --- types of values ----------------------------------------------------------------------------------------
+
+
+def _printable(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError(f"must be printable text that is not blank, found {described(text)}")
+    return text
+
+
+def _known_device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text, re.ASCII):
+        meant = nearest(text, ["auto", "cpu", "cuda"])
+        raise ValueError(f"must be auto, cpu, cuda or cuda:N, found {described(text)}{meant}")
+    return text
+
+
+def _no_repeats(numbers: list[int]) -> list[int]:
+    for number in numbers:
+        if numbers.count(number) > 1:
+            raise ValueError(f"must name each length once, found {number} twice")
+    return numbers
+
+
+def _none_as_null(word: str | None) -> str | None:
+    return None if word == "none" else word
+
+
+class LinkSpeed(BaseModel):
+    """A link given by its figures instead of a preset's name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    bandwidth_gb_s: float = Field(gt=0)
+    latency_us: float = Field(0.0, ge=0)
+
+
+def _known_link(value: Any) -> Any:
+    if isinstance(value, dict):
+        return LinkSpeed.model_validate(value).model_dump()
+    if value not in links.NAMES:
+        rule = f"must be {', '.join(links.NAMES)} or a mapping with bandwidth_gb_s and latency_us"
+        raise ValueError(f"{rule}, found {described(value)}{nearest(value, links.NAMES)}")
+    return value
+
+
+class _Part(BaseModel):
+    """A policy, selector or predictor with parameters, which its own class checks when it is made."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str
+
+
+def _part_of(registry: Registry) -> Any:
+    """The type of a key that names a part: `lru`, or `{name: lru, parameter: value}`."""
+
+    def known_part(value: Any) -> Any:
+        if not isinstance(value, str | dict):
+            raise ValueError(f"must be a name or a mapping with 'name', found {described(value)}")
+        name = value if isinstance(value, str) else _Part.model_validate(value).name
+        registry.check(name)
+        return name if value == {"name": name} else value
+
+    return Annotated[str | dict[str, Any], PlainValidator(known_part), registry]
+
+
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Lengths = Annotated[list[Count], Field(min_length=1, max_length=1000), AfterValidator(_no_repeats)]
+Text = Annotated[str, AfterValidator(_printable)]
+Device = Annotated[str, AfterValidator(_known_device)]
+DeviceMap = Annotated[Literal["auto", "none"] | None, AfterValidator(_none_as_null)]
+Quantization = Annotated[Literal["8bit", "4bit", "none"] | None, AfterValidator(_none_as_null)]
+# The registry, or the tuple of names, rides along as metadata: the default file lists its names.
+Link = Annotated[str | dict[str, float], PlainValidator(_known_link), links.NAMES]
+Policy, Selector, Predictor = _part_of(POLICIES), _part_of(SELECTORS), _part_of(PREDICTORS)
+
+# --- the keys of each mode ----------------------------------------------------------------------------------
+
+Conflict = tuple[tuple[str, ...], str]
+
+
+class Experiment(BaseModel):
+    """One entry of the list: what all modes share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    mode: Literal["baseline", "reactive", "predictive"] = Field(description="Way of holding the KV cache.")
+    name: Text = Field(
+        default_factory=lambda fields: fields["mode"],
+        description="Label in tables and plots; the mode if left out.",
+    )
+    model_name: Text = Field("smollm2-135m", description="Alias, Hub id, folder, GGUF file or random:<config>.")
+    context_lengths: Lengths = Field([500, 1000, 2000], description="Prompt lengths in tokens, one run each.")
+    num_runs: int = Field(3, ge=1, le=1000, description="Measured repetitions per context length.")
+    max_new_tokens: Count = Field(50, description="Tokens to generate per sequence.")
+    batch_size: Count = Field(1, description="Sequences generated together.")
+    do_sample: bool = Field(False, description="Draw tokens at random instead of taking the likeliest.")
+    temperature: float = Field(1.0, gt=0, description="Divides the logits; only with do_sample.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Probability mass to draw from; only with do_sample.")
+    top_k: CountOrZero = Field(50, description="Likeliest tokens to draw from, 0 for all; only with do_sample.")
+    stop_at_eos: bool = Field(False, description="Stop at the end token; false makes runs equally long.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of weights and cache."
+    )
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
+    device_map: DeviceMap = Field(None, description="auto spreads the weights over all devices.")
+    quantization: Quantization = Field(None, description="Weights in 8 or 4 bits (bitsandbytes).")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Start of the random numbers; sampled runs add theirs.")
+    warmup_runs: int = Field(1, ge=0, le=1000, description="Runs made and thrown away before measuring.")
+    prefill_chunk_size: Count | None = Field(None, description="Prompt tokens per forward pass; null for all.")
+    trust_remote_code: bool = Field(False, description="Let the model's repository run its own Python code.")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Values that are right alone and wrong together: `(keys, text)`, the key to blame first."""
+        for key in ("temperature", "top_p", "top_k"):
+            if not self.do_sample and getattr(self, key) != type(self).model_fields[key].default:
+                yield (
+                    (key, "do_sample"),
+                    f"{key!r} has no effect without sampling; add 'do_sample: true' or remove it",
+                )
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> Experiment:
+        """Raise the conflicts as errors of their keys."""
+        errors = [
+            InitErrorDetails(
+                type=PydanticCustomError("conflict", "{text}", {"text": text, "keys": keys}),
+                loc=keys[:1],
+                input=getattr(self, keys[0]),
+            )
+            for keys, text in self.conflicts()
+        ]
+        if errors:
+            raise ValidationError.from_exception_data(type(self).__name__, errors)
+        return self
+
+    def cache_fields(self) -> dict[str, Any]:
+        """The fields of `RunSpec` that only this mode fills."""
+        return {}
+
+
+class BaselineExperiment(Experiment):
+    """Plain generation with one of HF's own caches."""
+
+    mode: Literal["baseline"]
+    cache_implementation: Literal["dynamic", "offloaded", "static", "quantized"] = Field(
+        "dynamic", description="HF's own cache; offloaded needs CUDA."
+    )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
+        if self.cache_implementation == "offloaded" and self.device == "cpu":
+            yield (
+                ("cache_implementation", "device"),
+                "'cache_implementation: offloaded' needs CUDA, but device is cpu; choose dynamic or a GPU",
+            )
+
+    def cache_fields(self) -> dict[str, Any]:
+        return {"cache_implementation": self.cache_implementation}
+
+
+class ReactiveExperiment(Experiment):
+    """The KV cache in pages, fetched when attention asks for them."""
+
+    mode: Literal["reactive"]
+    page_size: Count = Field(256, description="Tokens per page.")
+    max_gpu_pages: Count = Field(8, description="Resident pages at most, per layer and sequence.")
+    staging_pages: Count = Field(6, description="Slots on top of max_gpu_pages, for pages on their way.")
+    policy: Policy = Field("lru", description="Which page to evict.")
+    selector: Selector = Field("all", description="Which pages attention reads; all is exact.")
+    sink_pages: CountOrZero = Field(1, description="First pages, always resident.")
+    recent_pages: Count = Field(1, description="Last pages, always resident; the open page counts.")
+    link: Link = Field(
+        "auto",
+        description="What pages travel over when running on a CPU: auto (= pcie3-x16), memory (plain copies),"
+        " a preset, or {bandwidth_gb_s, latency_us}; simulated and said so in the results. On CUDA the real"
+        " bus is used, whatever is set here.",
+    )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
+        needed = self.sink_pages + self.recent_pages + 1
+        if self.max_gpu_pages < needed:
+            yield (
+                ("max_gpu_pages", "sink_pages", "recent_pages"),
+                f"max_gpu_pages is {self.max_gpu_pages}, but sink_pages {self.sink_pages} + recent_pages"
+                f" {self.recent_pages} + 1 to work with need at least {needed}",
+            )
+
+    def cache_fields(self) -> dict[str, Any]:
+        return {"paging": PagingSpec(**{key: getattr(self, key) for key in PagingSpec.__dataclass_fields__})}
+
+
+class PredictiveExperiment(ReactiveExperiment):
+    """The paged cache, with the next pages predicted and copied ahead of need."""
+
+    mode: Literal["predictive"]
+    predictor: Predictor = Field("layer_ahead", description="What guesses the next pages.")
+    prefetch_k: Count = Field(4, description="Pages copied ahead at most, per layer and step.")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
+        if self.prefetch_k > self.staging_pages:
+            yield (
+                ("prefetch_k", "staging_pages"),
+                f"prefetch_k is {self.prefetch_k}, but staging_pages gives only {self.staging_pages} slots"
+                f" for pages on their way; set staging_pages to at least {self.prefetch_k}, or prefetch_k"
+                f" to at most {self.staging_pages}",
+            )
+
+    def cache_fields(self) -> dict[str, Any]:
+        prefetch = PrefetchSpec(predictor=self.predictor, prefetch_k=self.prefetch_k)
+        return super().cache_fields() | {"prefetch": prefetch}
+
+
+MODE_CLASSES: dict[str, type[Experiment]] = {
+    "baseline": BaselineExperiment,
+    "reactive": ReactiveExperiment,
+    "predictive": PredictiveExperiment,
+}
+ALL_KEYS = list(dict.fromkeys(key for cls in MODE_CLASSES.values() for key in cls.model_fields))
