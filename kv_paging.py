@@ -1,0 +1,227 @@
+"""Mode 2, reactive: a KV cache in pages, of which a fixed budget is on the device.
+
+A *page* is `page_size` consecutive positions of one layer of one sequence, keys and values of all heads. Each layer
+keeps at most `max_gpu_pages` pages of each sequence resident on its device; the rest are in host memory and are
+fetched when attention asks for them. `PagedKVCache` is a drop-in `Cache` for `model.generate(past_key_values=cache)`:
+
+* inside `with cache.attached(model):`, attention runs page by page and the budget holds for a context of any length;
+* not attached, `update` returns all keys and values, so that any attention works (the device then holds them all).
+
+    cache = PagedKVCache(model.config, page_size=256, max_gpu_pages=8)
+    with cache.attached(model):
+        tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=50)
+    print(cache.recorder.snapshot("decode"))
+
+This module is the cache as a whole; a layer of it is in paged_layer.py, a sequence in a layer in paged_sequence.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+import hf_attention
+from hf_attention import CannotPage
+from inference_baseline import measured_run
+from links import choose_link
+from metrics import Recorder, RunResult, Timing, cache_figures
+from models import LoadedModel
+from page_store import Transport, transport_for
+from paged_layer import DecodeAttention, PagedLayer, Paging
+from paged_sequence import PagedSequence
+from run_specs import RunSpec
+
+
+class PagedKVCache(Cache):
+    """A KV cache in pages, for any Hugging Face causal model with full-attention layers.
+
+    A layer with sliding-window attention keeps transformers' own small cache. The keyword arguments are the fields of
+    `Paging`: `page_size`, `max_gpu_pages`, `staging_pages`, `policy`, `selector`, `sink_pages`, `recent_pages`, `link`.
+
+    Args:
+        config: the model's config.
+
+    Raises:
+        CannotPage: the config has layers that hold something else than keys and values, or none with full attention.
+        ValueError: the budget cannot hold the pinned pages and one more.
+    """
+
+    def __init__(self, config: Any, **paging: Any):
+        self.paging = Paging(**paging)
+        self.recorder = Recorder()
+        self.phase = "prefill"
+        self._transports: dict[torch.device, Transport] = {}
+        self._attached = False
+        layers = [self._paged_or_kept(index, layer) for index, layer in enumerate(DynamicCache(config=config).layers)]
+        super().__init__(layers=layers)
+        self.paged_layers = [layer for layer in layers if isinstance(layer, PagedLayer)]
+        if not self.paged_layers:
+            raise CannotPage("no layer of this model has full attention, so there is nothing to page")
+
+    def _paged_or_kept(self, index: int, layer: Any) -> Any:
+        if type(layer) is DynamicLayer:
+            return PagedLayer(index, self.paging, self)
+        if type(layer) is DynamicSlidingWindowLayer:
+            return layer
+        raise CannotPage(f"layer {index} needs a {type(layer).__name__}, which cannot be paged")
+
+    def allocate(
+        self, model: PreTrainedModel, batch_size: int, n_kv_heads: int, head_dim: int, max_tokens: int
+    ) -> None:
+        """Allocate pools and host pages now, rather than as the first keys come in.
+
+        Args:
+            model: tells the device of each layer, and the dtype.
+            batch_size: sequences.
+            n_kv_heads, head_dim: of every paged layer.
+            max_tokens: positions of each sequence that host memory is reserved for; more may follow.
+        """
+        devices = _attention_devices(model)
+        for layer in self.paged_layers:
+            device = devices.get(layer.layer_idx, model.device)
+            layer.allocate(batch_size, n_kv_heads, head_dim, model.dtype, device, max_tokens)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values `[B, K, T, D]` of a layer; returns those that attention needs to be given."""
+        layer = self.layers[layer_idx]
+        if layer is self.paged_layers[0]:
+            self._begin_step("decode" if key_states.shape[2] == 1 else "prefill")
+        if not self._attached:
+            return layer.update(key_states, value_states, *args, **kwargs)
+        if isinstance(layer, PagedLayer):
+            hf_attention.hand_over(layer_idx, layer)
+            return key_states, value_states
+        hf_attention.hand_over(layer_idx, None)
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def _begin_step(self, phase: str) -> None:
+        if phase == "decode" and self.phase == "prefill":
+            for transport in self._transports.values():
+                transport.restart_clock()
+        self.phase = phase
+        self.recorder.begin_step(phase)
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[PagedKVCache]:
+        """Attention of `model` runs over pages inside the block; undone on any exit.
+
+        Raises:
+            CannotPage: the model does not route attention through transformers' AttentionInterface.
+        """
+        with hf_attention.attached(model):
+            self._attached = True
+            try:
+                yield self
+            finally:
+                self._attached = False
+
+    def reset(self) -> None:
+        """Forget the context and the record of it; keep the memory."""
+        super().reset()
+        self.recorder.reset()
+        self.phase = "prefill"
+
+    # --- what layers need, and where predictive paging hooks in -----------------------------------------------------
+
+    def transport(self, device: torch.device) -> Transport:
+        """What copies to and from `device` travel on; one for all layers there."""
+        if device not in self._transports:
+            self._transports[device] = transport_for(device, choose_link(self.paging.link, device.type))
+        return self._transports[device]
+
+    def look_ahead(self, layer: PagedLayer, sequence: PagedSequence, wanted: Sequence[int]) -> None:
+        """Every page that the layer asked for is there or on its way; reactive paging does nothing with the time."""
+
+    def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
+        """A decode step's attention of one layer and sequence is done; reactive paging learns nothing from it."""
+
+    # --- figures ----------------------------------------------------------------------------------------------------
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of one layer and sequence, keys and values."""
+        return self.paged_layers[0].store.page_bytes
+
+    def memory(self) -> dict[str, int | None]:
+        """Bytes allocated for keys and values on the device (pools, and kept layers), for staging among them, and on
+        the host. On a CPU both are the same memory; the pool stands for the device."""
+        pools = [layer.store for layer in self.paged_layers if layer.is_initialized]
+        kept = [layer for layer in self.layers if not isinstance(layer, PagedLayer) and layer.is_initialized]
+        staging = sum(store.page_bytes for store in pools) * self.paging.staging_pages
+        return {
+            "device_kv_bytes": sum(store.pool.nbytes for store in pools)
+            + sum(layer.keys.nbytes + layer.values.nbytes for layer in kept),
+            "staging_bytes": staging * self.paged_layers[0].batch_size,
+            "host_kv_bytes": sum(store.host_bytes for store in pools),
+        }
+
+    def figures(self, timing: Timing) -> dict[str, Any]:
+        """The result blocks `cache` and `steps` of a generation that took `timing`."""
+        transports = list(self._transports.values())
+        transfer_ms = sum(transport.busy_ms() for transport in transports)
+        self.recorder.settle()
+        figures = cache_figures(self.recorder, timing, self.page_bytes, asdict(transports[0].link), transfer_ms)
+        layer = self.paged_layers[0]
+        figures |= {
+            "n_pages": layer.n_pages,
+            "page_bytes": self.page_bytes,
+            "n_paged_layers": len(self.paged_layers),
+            "host_is_pinned": layer.store.host_is_pinned,
+        }
+        return {"cache": figures, "steps": self.recorder.step_dicts()}
+
+
+def _attention_devices(model: PreTrainedModel) -> dict[int, torch.device]:
+    """The device of each layer's attention, by layer index."""
+    devices: dict[int, torch.device] = {}
+    for module in model.modules():
+        layer_idx = getattr(module, "layer_idx", None)
+        if isinstance(layer_idx, int):
+            for parameter in module.parameters():
+                devices.setdefault(layer_idx, parameter.device)
+                break
+    return devices
+
+
+class MeasuredPagedCache:
+    """A paged cache as the measured loop takes it: allocated before the clock starts."""
+
+    def __init__(self, cache: PagedKVCache, model: LoadedModel):
+        self.cache, self.model = cache, model
+        self.memory, self.figures, self.attached = cache.memory, cache.figures, cache.attached
+
+    def start(self, batch_size: int, max_tokens: int) -> Cache:
+        shape = self.model.shape
+        self.cache.allocate(self.model.model, batch_size, shape.n_kv_heads, shape.head_dim, max_tokens)
+        return self.cache
+
+
+def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
+    """Page the KV cache: a budget of pages on the device, the rest fetched when attention asks.
+
+    One run; see `inference_baseline.measured_run` for `how`.
+    """
+    paging = asdict(spec.paging)
+    return measured_run(
+        spec, model, lambda: MeasuredPagedCache(PagedKVCache(model.model.config, **paging), model), **how
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m kv_paging`: a short generation with a paged cache, next to the same one with transformers' cache."""
+    from component_cli import demonstrate
+
+    return demonstrate("reactive", run, argv, module="kv_paging")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

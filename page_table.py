@@ -1,0 +1,113 @@
+"""The page table: the one place that knows where each page of a layer of a sequence is.
+
+A page is in one of three places:
+
+    resident   in a device slot, counted against the budget, known to the replacement policy
+    staged     in a device slot, its copy on the way or arrived, but not yet asked for or not yet attended
+    absent     only in host memory
+
+There are `max_resident + staging` slots. Residency is capped by `max_resident`; staging slots are what lets a copy be
+under way while every budgeted page is in use. Slots are interchangeable: a staged page becomes resident where it lies,
+and the slot of the page evicted for it becomes free. So nothing is ever moved within the device.
+
+Eviction drops a slot and copies nothing: a page is written to the host once, when it fills, and never changes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from page_policies import NothingToEvict, ReplacementPolicy
+
+
+class PageTable:
+    """Where the pages of one layer of one sequence are.
+
+    Args:
+        max_resident: most pages that may be resident at a time.
+        staging: slots on top of that.
+        policy: picks the page to evict; owned by this table.
+        first_slot: number of this table's first slot in the device pool.
+    """
+
+    def __init__(self, max_resident: int, staging: int, policy: ReplacementPolicy, first_slot: int = 0):
+        if max_resident < 1 or staging < 1:
+            raise ValueError(
+                f"a page table needs 1 resident and 1 staging page at least, not {max_resident}, {staging}"
+            )
+        self.max_resident = max_resident
+        self.policy = policy
+        self.resident: dict[int, int] = {}
+        self.staged: dict[int, int] = {}
+        self.free_slots = list(range(first_slot + max_resident + staging - 1, first_slot - 1, -1))
+
+    def slot(self, page: int) -> int | None:
+        """The device slot of a resident or staged page, or None."""
+        found = self.resident.get(page)
+        return self.staged.get(page) if found is None else found
+
+    def can_stage(self, pinned: Collection[int]) -> bool:
+        """Whether `stage` would find a slot, by eviction if need be."""
+        return bool(self.free_slots) or any(page not in pinned for page in self.resident)
+
+    def stage(self, page: int, pinned: Collection[int]) -> tuple[int, int | None]:
+        """Take a slot for an absent page whose copy is about to start.
+
+        Returns:
+            The slot, and the page evicted to free it (None if a slot was free).
+
+        Raises:
+            NothingToEvict: no slot is free and every resident page is pinned.
+        """
+        self._require_absent(page)
+        evicted = None if self.free_slots else self.evict(pinned)
+        self.staged[page] = self.free_slots.pop()
+        return self.staged[page], evicted
+
+    def admit(self, page: int, pinned: Collection[int]) -> int | None:
+        """Make a staged page resident; returns the page evicted to stay within the budget, if any."""
+        evicted = self.evict(pinned) if len(self.resident) >= self.max_resident else None
+        self.resident[page] = self.staged.pop(page)
+        self.policy.insert(page)
+        return evicted
+
+    def open(self, page: int, pinned: Collection[int]) -> tuple[int, int | None]:
+        """Make an absent page resident at once, to be written by computation; returns its slot and the page evicted."""
+        self._require_absent(page)
+        must_evict = len(self.resident) >= self.max_resident or not self.free_slots
+        evicted = self.evict(pinned) if must_evict else None
+        self.resident[page] = self.free_slots.pop()
+        self.policy.insert(page)
+        return self.resident[page], evicted
+
+    def touch(self, page: int) -> None:
+        """Tell the policy that a resident page was asked for."""
+        self.policy.touch(page)
+
+    def evict(self, pinned: Collection[int]) -> int:
+        """Drop the policy's victim and free its slot. Raises NothingToEvict if all are pinned."""
+        page = self.policy.victim(pinned)
+        if page in pinned or page not in self.resident:
+            raise RuntimeError(f"{type(self.policy).__name__} chose page {page}, which is pinned or not resident")
+        self.policy.remove(page)
+        self.free_slots.append(self.resident.pop(page))
+        return page
+
+    def unstage(self, page: int) -> None:
+        """Give up a staged page and free its slot."""
+        self.free_slots.append(self.staged.pop(page))
+
+    def clear(self) -> None:
+        """Forget every page; all slots are free again."""
+        for page in list(self.resident):
+            self.policy.remove(page)
+            self.free_slots.append(self.resident.pop(page))
+        for page in list(self.staged):
+            self.unstage(page)
+
+    def _require_absent(self, page: int) -> None:
+        if self.slot(page) is not None:
+            raise RuntimeError(f"page {page} is on the device already")
+
+
+__all__ = ["NothingToEvict", "PageTable"]

@@ -1,0 +1,185 @@
+"""Attention over pages, exactly: each page on its own, then merged by log-sum-exp.
+
+Keys carry their position (RoPE or learned) before they are cached, so attention does not care in which order keys come.
+A query's attention over a set of keys can therefore be computed page by page, in any order and at different times, and
+put together afterwards. With o_p the output of page p and l_p the log of the sum of its exponentiated scores,
+
+    o = sum_p w_p o_p,    w_p = exp(l_p) / sum_q exp(l_q),
+
+which is softmax over the pages' log-sum-exps (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; used per
+block by FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135). The weight w_p *is* page p's share of the
+attention: what a predictor needs comes free.
+
+Pages are the batch dimension of one fused kernel call. The log-sum-exp comes from PyTorch's fused kernels, whose
+operators are private, so they are called in one place, `attention_with_lse`, with a plain fallback beside it.
+
+Shapes: B sequences, H query heads, K key/value heads, G = H / K, T query positions, P positions of a page, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+@dataclass
+class Partial:
+    """Attention over some of the keys.
+
+    Attributes:
+        out: [..., T, D], normalised over the keys seen so far, float32.
+        lse: [..., T], log-sum-exp of the scaled scores of those keys, float32; -inf where no key was allowed.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def attention_with_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    allowed: torch.Tensor | None = None,
+) -> Partial:
+    """Fused scaled dot-product attention that also returns the log-sum-exp.
+
+    Args:
+        query: [N, H, T, D].
+        key, value: [N, K, S, D], K dividing H.
+        scale: factor on the scores.
+        causal: query i sees keys 0..i (T == S).
+        allowed: bool, broadcastable to [N, 1, T, S]; True where a key may be seen. Not together with `causal`.
+    """
+    fused = _fused_kernel(query, value, allowed)
+    out, lse = (fused or plain_attention_with_lse)(query, key, value, scale, causal, allowed)
+    if allowed is not None:
+        # The kernels give rows without any allowed key an arbitrary finite log-sum-exp.
+        lse = lse.masked_fill(~allowed.any(-1).expand_as(lse), NEGATIVE_INFINITY)
+    return Partial(out.float(), lse.float())
+
+
+def _fused_kernel(query: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None):
+    """The fused kernel that serves these inputs, or None."""
+    if query.shape[-1] != value.shape[-1]:
+        return None
+    if query.device.type == "cpu":
+        return _cpu_flash
+    if query.device.type != "cuda" or allowed is not None or query.shape[-1] % 8 or query.shape[-1] > 256:
+        return None
+    return _cuda_flash if query.dtype in (torch.bfloat16, torch.float16) else _cuda_efficient
+
+
+def _cpu_flash(query, key, value, scale, causal, allowed):
+    mask = None
+    if allowed is not None:
+        mask = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
+        mask = mask.masked_fill(~allowed, NEGATIVE_INFINITY)
+        mask = mask.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+
+
+def _cuda_flash(query, key, value, scale, causal, allowed):
+    key, value = _repeat_heads(query, key, value)
+    result = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+    return result[0], result[1]
+
+
+def _cuda_efficient(query, key, value, scale, causal, allowed):
+    key, value = _repeat_heads(query, key, value)
+    out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, causal, scale=scale
+    )
+    return out, lse[..., : query.shape[2]]  # the kernel pads T to a multiple of 32
+
+
+def plain_attention_with_lse(query, key, value, scale, causal, allowed):
+    """The definition of attention, in float32; the reference for the fused kernels and the fallback where none fits."""
+    key, value = _repeat_heads(query, key, value)
+    scores = (query.float() @ key.float().transpose(-1, -2)) * scale  # [N, H, T, S]
+    if causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, NEGATIVE_INFINITY)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)  # -inf - -inf: no key was allowed
+    return weights @ value.float(), lse
+
+
+def _repeat_heads(query, key, value):
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def group_heads(query: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
+    """[B, H, T, D] -> [B, K, G*T, D]: the query heads that share a key/value head become rows of one attention."""
+    batch, heads, length, head_dim = query.shape
+    return query.reshape(batch, n_kv_heads, heads // n_kv_heads * length, head_dim)
+
+
+def ungroup_heads(out: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """[B, K, G*T, D] -> [B, H, T, D], the inverse of `group_heads`."""
+    batch, n_kv_heads, rows, head_dim = out.shape
+    return out.reshape(batch, n_heads, rows * n_kv_heads // n_heads, head_dim)
+
+
+def attend_pages(
+    grouped_query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float,
+    allowed: torch.Tensor | None = None,
+) -> Partial:
+    """Attention of one sequence's query over each of n pages separately.
+
+    Args:
+        grouped_query: [1, K, R, D], R = G*T rows.
+        keys, values: [n, K, P, D].
+        allowed: bool [n, 1, R or 1, P], or None.
+
+    Returns:
+        A Partial with out [n, K, R, D] and lse [n, K, R].
+    """
+    query = grouped_query.expand(keys.shape[0], -1, -1, -1)
+    return attention_with_lse(query, keys, values, scale=scale, allowed=allowed)
+
+
+def merge(parts: list[Partial]) -> Partial:
+    """Put together attention over disjoint sets of keys.
+
+    Args:
+        parts: each with out [n_i, K, R, D] and lse [n_i, K, R].
+
+    Returns:
+        A Partial with out [1, K, R, D] and lse [1, K, R]; rows that saw no key at all are 0, their lse -inf.
+    """
+    lse = torch.cat([part.lse for part in parts]) if len(parts) > 1 else parts[0].lse
+    out = torch.cat([part.out for part in parts]) if len(parts) > 1 else parts[0].out
+    if lse.shape[0] == 1:
+        return Partial(out, lse)
+    total = torch.logsumexp(lse, dim=0, keepdim=True)
+    weights = torch.exp(lse - total).nan_to_num(0.0)
+    return Partial((weights.unsqueeze(-1) * out).sum(0, keepdim=True), total)
+
+
+def page_mass(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Share of the attention that each page received, averaged over heads and query rows.
+
+    Args:
+        lse: [n, K, R] of the pages.
+        total: [1, K, R] of the whole context.
+
+    Returns:
+        [n] float32; over all pages of the context it sums to 1.
+    """
+    return torch.exp(lse - total).nan_to_num(0.0).mean(dim=(1, 2))

@@ -1,0 +1,117 @@
+"""Mode 3, predictive: the paged cache, with pages copied ahead of need.
+
+While one layer computes, the link is free. When a layer's own pages are all there or on their way, a predictor names
+the pages that the *next* layer will ask for, and the first `prefetch_k` of them that are not on the device start to
+travel, into free slots of that layer. When it then asks, it finds them there (on time) or on their way (late), and
+waits less.
+
+Prefetch moves bytes earlier and changes nothing else: which pages are attended to is the selector's choice, made when
+the layer asks. So tokens are the same as without it, whatever is predicted. A page that was predicted and not asked for
+gives its slot back, and its bytes are counted as wasted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from inference_baseline import measured_run
+from kv_paging import MeasuredPagedCache, PagedKVCache
+from metrics import RunResult, Timing, prefetch_figures
+from models import LoadedModel
+from page_predictors import Predictor
+from page_store import to_host_later
+from paged_layer import DecodeAttention, PagedLayer
+from paged_sequence import PagedSequence
+from registry import PREDICTORS
+from run_specs import RunSpec
+
+
+class PrefetchingKVCache(PagedKVCache):
+    """A paged cache that copies pages ahead of need.
+
+    Args:
+        config: the model's config.
+        predictor: a registered name, `"module:Class"`, or `{"name": ..., parameters}`.
+        prefetch_k: most pages to copy ahead for one layer of one sequence at a time.
+        **paging: as for `PagedKVCache`.
+
+    Raises:
+        ValueError: `prefetch_k` exceeds `staging_pages`, the slots that pages can travel to.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        predictor: str | Mapping[str, Any] = "layer_ahead",
+        prefetch_k: int = 4,
+        **paging: Any,
+    ):
+        super().__init__(config, **paging)
+        if not 1 <= prefetch_k <= self.paging.staging_pages:
+            raise ValueError(f"prefetch_k={prefetch_k} must be between 1 and staging_pages={self.paging.staging_pages}")
+        self.predictor, self.prefetch_k = predictor, prefetch_k
+        self._predictors: dict[int, Predictor] = {}
+        following = self.paged_layers[1:] + self.paged_layers[:1]
+        self._next_layer = dict(zip((layer.layer_idx for layer in self.paged_layers), following, strict=True))
+        self._step = 0
+
+    def reset(self) -> None:
+        super().reset()
+        self._predictors.clear()
+        self._step = 0
+
+    def look_ahead(self, layer: PagedLayer, sequence: PagedSequence, wanted: Sequence[int]) -> None:
+        """The link has time: copy ahead for the next layer (after the last one, the first one of the next step)."""
+        if self.phase != "decode":
+            return
+        predictor = self._predictor(sequence)
+        predictor.want(layer.layer_idx, self._step, wanted)
+        following = self._next_layer[layer.layer_idx]
+        wraps = following is self.paged_layers[0]
+        guesses = predictor.predict(following.layer_idx, self._step + wraps)
+        n_sealed = following.n_tokens // self.paging.page_size
+        following.sequences[sequence.row].prefetch([page for page, _ in guesses], self.prefetch_k, n_sealed)
+
+    def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
+        """Tell the predictor what attention looked at, and count the step after the last layer's last sequence."""
+        mass = to_host_later(attention.mass())
+        self._predictor(sequence).observe(layer.layer_idx, self._step, attention.pages, mass)
+        if layer is self.paged_layers[-1] and sequence.row == layer.batch_size - 1:
+            self._step += 1
+
+    def figures(self, timing: Timing) -> dict[str, Any]:
+        """The result blocks `cache`, `prefetch` and `steps`."""
+        return {**super().figures(timing), "prefetch": prefetch_figures(self.recorder, self.page_bytes)}
+
+    def _predictor(self, sequence: PagedSequence) -> Predictor:
+        if sequence.row not in self._predictors:
+            self._predictors[sequence.row] = PREDICTORS.create(self.predictor)
+        return self._predictors[sequence.row]
+
+
+def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
+    """Page the KV cache and copy pages ahead of need.
+
+    One run; see `inference_baseline.measured_run` for `how`.
+    """
+    options = asdict(spec.paging) | asdict(spec.prefetch)
+
+    def make_cache() -> MeasuredPagedCache:
+        return MeasuredPagedCache(PrefetchingKVCache(model.model.config, **options), model)
+
+    return measured_run(spec, model, make_cache, **how)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m predictive_prefetch`: a short generation with prefetching, next to the same one without paging."""
+    from component_cli import demonstrate
+
+    return demonstrate("predictive", run, argv, module="predictive_prefetch")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
