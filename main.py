@@ -1,0 +1,172 @@
+"""KV Prefetch: run a list of experiments and compare what keeping, paging and prefetching the KV cache cost.
+
+    python main.py                        run experiment_config.yaml, results in logs/
+    python main.py --config F --output D  another list, another folder
+    python main.py --plan                 what would run, and the floor of each run; loads nothing
+    python main.py --list                 modes, policies, selectors and predictors with their parameters
+    python main.py --create-config [F]    write a commented experiment list to start from
+
+Exit codes: 0 all runs succeeded, 1 some failed (their rows say why), 2 the configuration is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils import PROJECT_FOLDER
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from planning import PlannedRun
+
+DEFAULT_CONFIG = PROJECT_FOLDER / "experiment_config.yaml"
+DEFAULT_OUTPUT = Path("logs")
+OK, FAILED, WRONG_CONFIG, INTERRUPTED = 0, 1, 2, 130
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="main.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="F", help="experiment list (YAML)")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="results folder (logs)")
+    parser.add_argument("--no-plots", action="store_true", help="write no plots")
+    parser.add_argument("--plan", action="store_true", help="print the runs, their sizes and floors; run nothing")
+    parser.add_argument("--list", action="store_true", help="print modes, policies, selectors, predictors")
+    parser.add_argument("--seed", type=int, metavar="N", help="replaces the seed of every experiment")
+    parser.add_argument(
+        "--create-config",
+        type=Path,
+        nargs="?",
+        const=Path("experiment_config.yaml"),
+        metavar="F",
+        help="write a commented experiment list (to experiment_config.yaml) and stop",
+    )
+    parser.add_argument("--force", action="store_true", help="let --create-config overwrite a file")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-q", "--quiet", action="store_true", help="tables only, no progress")
+    loudness.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = parse_arguments(argv)
+    if arguments.create_config is not None:
+        return create_config(arguments.create_config, arguments.force)
+    if arguments.list:
+        return list_parts()
+    try:
+        planned = planned_runs(arguments)
+    except (ValueError, ImportError) as error:  # ConfigError is a ValueError with one line for each fault
+        print(error, file=sys.stderr)
+        return WRONG_CONFIG
+    if arguments.plan:
+        from plan_table import print_plan
+
+        print_plan(planned, _stdout())
+        return OK
+    return run(planned, arguments)
+
+
+def create_config(path: Path, force: bool) -> int:
+    """Write the commented default list; an existing file is kept unless forced."""
+    from default_config import commented_yaml
+    from utils import atomic_write_text
+
+    if path.is_dir():
+        print(f"{path} is a folder; name a file", file=sys.stderr)
+        return WRONG_CONFIG
+    if path.exists() and not force:
+        print(f"{path} exists; --force overwrites it, or name another file", file=sys.stderr)
+        return WRONG_CONFIG
+    atomic_write_text(path, commented_yaml())
+    print(f"wrote {path}; try: python main.py --config {path} --plan")
+    return OK
+
+
+def list_parts() -> int:
+    """Print what a config can name."""
+    from rich.table import Table
+
+    from registry import MODES, POLICIES, PREDICTORS, SELECTORS
+
+    table = Table(title="what a config can name", title_justify="left")
+    for column in ("kind", "name", "parameters", "what it is"):
+        table.add_column(column)
+    for registry in (MODES, POLICIES, SELECTORS, PREDICTORS):
+        for name, parameters, text in registry.describe():
+            settings = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
+            table.add_row(registry.kind, name, settings or "—", text)
+    _stdout().print(table)
+    return OK
+
+
+def planned_runs(arguments: argparse.Namespace) -> list[PlannedRun]:
+    """The runs of the config, sized and clamped. Raises ValueError for whatever a user can mend."""
+    from experiments import load_experiments
+    from planning import plan
+    from run_specs import expand
+
+    return plan(expand(load_experiments(arguments.config), seed=arguments.seed))
+
+
+def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
+    """Make the runs, then summarise whatever there is."""
+    from progress import watch
+
+    log_to(arguments.output, arguments.verbose)
+    for note in dict.fromkeys(f"{p.spec.model_name}: {note}" for p in planned for note in p.notes):
+        logging.getLogger(__name__).warning(note)
+    started = time.perf_counter()
+    with watch(len(planned), arguments.quiet) as watcher:
+        from sweep import Sweep
+
+        sweep = Sweep(planned, arguments.output, watcher)
+        sweep.run()
+    summarise([r.to_dict() for r in sweep.results], time.perf_counter() - started, arguments)
+    if sweep.interrupted:
+        return INTERRUPTED
+    return OK if all(result.ok for result in sweep.results) else FAILED
+
+
+def summarise(results: list[dict[str, Any]], seconds: float, arguments: argparse.Namespace) -> None:
+    """Write the summary and the plots, print the tables."""
+    from reporting import print_tables, to_frame, write_summary
+
+    write_summary(arguments.output, seconds, results)
+    frame = to_frame(results)
+    print_tables(frame, _stdout())
+    if not arguments.no_plots:
+        from plots import save_plots
+
+        save_plots(frame, arguments.output)
+    _stdout().print(f"results: {arguments.output}, summary: {arguments.output / 'experiment_summary.json'}")
+
+
+def log_to(folder: Path, verbose: bool) -> None:
+    """Log to `run.log` in the results folder; warnings also on stderr, and everything with `-v`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_stderr = logging.StreamHandler()
+    to_stderr.setLevel(logging.INFO if verbose else logging.WARNING)
+    to_stderr.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    # A failure's traceback goes to the file; on the console its row in the table says enough.
+    to_stderr.addFilter(lambda record: verbose or record.exc_info is None)
+    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_stderr], force=True)
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The table of `--plan`: what would run, how much of its context fits, and the least time a token can take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from planning import PlannedRun
+
+
+def print_plan(planned: Sequence[PlannedRun], console: Console) -> None:
+    """Print one row for each run, then the notes. A dash is what is not known before the run."""
+    for model, per_token in dict.fromkeys((run.spec.model_name, run.kv_bytes_per_token) for run in planned):
+        console.print(f"{model}: {_text(per_token, ',.0f')} KV bytes per token of one sequence")
+    table = Table(title=f"{len(planned)} runs", title_justify="left")
+    for heading in ("run", "strategy", "context"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("rep", "KV\nMiB", "on device\nMiB", "resident\n%", "transfer floor\nms/token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in planned:
+        table.add_row(*_row(run))
+    console.print(table)
+    for note in dict.fromkeys(f"{run.spec.model_name}: {note}" for run in planned for note in run.notes):
+        console.print(note, markup=False)
+
+
+def _row(run: PlannedRun) -> tuple[str, ...]:
+    spec = run.spec
+    return (
+        spec.run_id,
+        spec.label,
+        f"{spec.context_length}+{spec.max_new_tokens}",
+        str(spec.repetition + 1),
+        _text(run.kv_bytes, ",.1f", 2**20),
+        _text(run.device_kv_bytes, ",.1f", 2**20),
+        _text(run.resident_fraction, ".0f", 0.01),
+        _text(run.transfer_floor_ms, ".2f"),
+    )
+
+
+def _text(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "—" if value is None else format(value / unit, form)

@@ -1,0 +1,110 @@
+"""Run a plan: load each model once, make its runs in order, write each result as it is there.
+
+A failure is a row. Whatever a run raises becomes a result with a status and a reason, is written like any other, and
+the sweep goes on; nothing already measured is lost. Ctrl-C ends the sweep and keeps what is finished.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from inference_baseline import failed_run
+from metrics import RunResult
+from models import LoadedModel, load_model
+from planning import PlannedRun, fit_positions
+from registry import MODES
+from run_specs import RunSpec
+from utils import write_json
+from workloads import TokenRows
+
+log = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Told how a sweep goes on."""
+
+    def loading(self, model_name: str) -> None: ...
+    def started(self, spec: RunSpec) -> None: ...
+    def token(self, n_tokens: int) -> None: ...
+    def finished(self, result: RunResult) -> None: ...
+
+
+class Sweep:
+    """The runs of a plan, and their results so far.
+
+    Args:
+        planned: runs, those of one model next to each other.
+        output: folder for the results; made if missing.
+        watcher: told how it goes.
+    """
+
+    def __init__(self, planned: Sequence[PlannedRun], output: Path, watcher: Watcher):
+        self.planned, self.output, self.watcher = planned, output, watcher
+        self.results: list[RunResult] = []
+        self.interrupted = False
+        self._baseline_tokens: dict[tuple, TokenRows] = {}
+
+    def run(self) -> None:
+        """Make every run; `interrupted` tells whether Ctrl-C cut it short."""
+        try:
+            for _, group in groupby(self.planned, key=lambda planned: planned.spec.model_key):
+                self._run_group([planned.spec for planned in group])
+        except KeyboardInterrupt:
+            self.interrupted = True
+            log.warning("interrupted after %d of %d runs", len(self.results), len(self.planned))
+
+    def _run_group(self, specs: Sequence[RunSpec]) -> None:
+        """All runs of one model, which is loaded once and freed after."""
+        self.watcher.loading(specs[0].model_name)
+        try:
+            model = _load(specs[0])
+        except Exception as error:
+            log.exception("loading %s failed", specs[0].model_name)
+            for spec in specs:
+                self._keep(spec, failed_run(spec, error))
+            return
+        for spec in specs:
+            self._run_one(spec, model)
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _run_one(self, spec: RunSpec, model: LoadedModel) -> None:
+        self.watcher.started(spec)
+        try:
+            spec, notes = fit_positions(spec, model.shape)
+            for note in notes:
+                log.warning("%s: %s", spec.slug, note)
+            result = MODES.load(spec.mode)(
+                spec, model, reference=self._baseline_tokens.get(spec.reference_key), on_token=self.watcher.token
+            )
+        except Exception as error:
+            log.exception("%s failed", spec.slug)
+            result = failed_run(spec, error)
+        if result.ok and spec.is_reference:
+            self._baseline_tokens.setdefault(spec.reference_key, result.tokens["ids"])
+        self._keep(spec, result)
+
+    def _keep(self, spec: RunSpec, result: RunResult) -> None:
+        write_json(self.output / f"{spec.slug}.json", result.to_dict())
+        self.results.append(result)
+        self.watcher.finished(result)
+
+
+def _load(spec: RunSpec) -> LoadedModel:
+    return load_model(
+        spec.model_name,
+        dtype=spec.dtype,
+        device=spec.device,
+        device_map=spec.device_map,
+        quantization=spec.quantization,
+        trust_remote_code=spec.trust_remote_code,
+    )
