@@ -1,0 +1,214 @@
+"""The report on results: the summary as JSON, and the front door to frame and tables. No torch, no running of models.
+
+Values flow one way: result files -> `result_frame.py` (one row per run) -> `comparison.py` (strategies against the
+baseline) -> `result_tables.py` (text) and this module (JSON), with figures drawn in `plots.py`. Whoever only wants a
+report imports this module.
+
+The summary is for other programs, so it explains itself: `definitions` gives the formula of every figure, and
+`not_measured` says of every null why there is no figure. It is strict JSON, without NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comparison import Comparison, all_match, average_over_cells, baselines, compare, mean, repetition_std
+from metrics import SCHEMA_VERSION, spread
+from registry import MODES
+from result_frame import Result, failed, is_finite, load_results, successful, to_frame, unique, values
+from result_tables import markdown_tables, print_tables, tables
+from utils import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["load_results", "markdown_tables", "print_tables", "summarise", "tables", "to_frame", "write_summary"]
+
+# Key of the summary -> the frame's column, averaged over successful runs.
+AVERAGES = {
+    "average_latency_ms": "tpot_ms",
+    "average_ttft_ms": "ttft_ms",
+    "average_total_ms": "e2e_ms",
+    "average_tokens_per_second": "tokens_per_second",
+    "average_batch_tokens_per_second": "batch_tokens_per_second",
+    "average_stall_ms": "stall_ms",
+    "average_stall_percent": "stall_percent",
+    "average_cache_hit_rate": "hit_rate",
+    "average_cache_miss_rate": "miss_rate",
+    "average_prediction_accuracy": "accuracy",
+    "average_prefetch_coverage": "coverage",
+    "average_prefetch_timeliness": "timeliness",
+    "average_misprediction_cost_percent": "misprediction_cost_percent",
+    "average_tpot_over_floor": "tpot_over_floor",
+    "average_gpu_memory_mb": "gpu_memory_mb",
+    "average_gpu_peak_mb": "gpu_peak_mb",
+    "average_device_kv_mb": "device_kv_mb",
+    "average_host_kv_mb": "host_kv_mb",
+    "average_rss_mb": "rss_mb",
+    "average_power_w": "mean_power_w",
+    "average_energy_j": "energy_j",
+}
+
+DEFINITIONS = {
+    "total_experiments": "Runs, also those that failed; each repetition at each context is one.",
+    "average_*": "Arithmetic mean over the successful runs of the mode or strategy, all contexts together.",
+    "latency_ms": "TPOT = (E2E - TTFT) / (N - 1): decode time per token in milliseconds, for N tokens.",
+    "latency_std_ms": "Standard deviation of latency between repetitions, pooled over context lengths.",
+    "ttft_ms": "Time from start to first token in milliseconds: the prefill.",
+    "tokens_per_second": "N / E2E of one sequence, prefill included; batch_tokens_per_second: x batch.",
+    "cache_hit_rate": "Hits / accesses in decode, 0 to 1; an access is a page wanted by a layer in a step.",
+    "cache_miss_rate": "(Late + misses) / accesses in decode, 0 to 1.",
+    "stall_percent": "100 x time compute waited for pages in decode / decode time.",
+    "prediction_accuracy": "Useful / issued prefetches in decode, 0 to 1; useful: on time or late.",
+    "prefetch_coverage": "Useful prefetches / (useful prefetches + misses), 0 to 1.",
+    "prefetch_timeliness": "Prefetches on time / useful prefetches, 0 to 1.",
+    "misprediction_cost_percent": "100 x bytes prefetched but dropped unused / bytes copied to the device.",
+    "tpot_over_floor": "TPOT / max(compute per step, bytes that must move per step / link bandwidth).",
+    "device_kv_mb": "Bytes of KV cache on the device, page pool and staging slots together, / 2^20.",
+    "cell": "Runs of one workload (model, batch, generation settings, dtype, device) at one context length.",
+    "latency_speedup_percent": "100 x (baseline latency_ms / latency_ms - 1), medians over the repetitions"
+    " of a cell, averaged over cells; negative is slower.",
+    "throughput_speedup_percent": "100 x (tokens_per_second / baseline tokens_per_second - 1), medians"
+    " over the repetitions of a cell, averaged over cells.",
+    "*_reduction_percent": "100 x (1 - MB / baseline MB), medians over the repetitions of a cell, averaged.",
+    "paired_speedup_percent": "latency_speedup_percent of each repetition against the baseline's same one.",
+    "compared_with": "Of each workload the first baseline with a dynamic cache, else the first baseline.",
+    "matches_baseline": "Whether all runs that were checked gave the baseline's tokens; null if none was.",
+}
+
+
+def write_summary(
+    folder: str | Path, duration_seconds: float | None = None, results: Iterable[Result] | None = None
+) -> dict[str, Any]:
+    """Write `experiment_summary.json`, for the results in the folder or those given, and return it."""
+    summary = summarise(folder if results is None else results, duration_seconds)
+    write_json(Path(folder) / "experiment_summary.json", summary)
+    return summary
+
+
+def summarise(source: str | Path | Iterable[Result], duration_seconds: float | None = None) -> dict[str, Any]:
+    """The summary of a folder or of results already read, as strict JSON: no NaN, null where missing."""
+    results, problems = load_results(source) if isinstance(source, str | Path) else (source, [])
+    frame = to_frame(results)
+    mode_summaries = {mode: _averages(frame[frame["mode"] == mode]) for mode in MODES}
+    comparative_analysis = _comparative_analysis(frame)
+    failures = failed(frame)[["run_id", "strategy", "context_tokens", "repetition", "status", "error"]]
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment_summary": {
+            "total_experiments": len(frame),
+            "successful_experiments": len(successful(frame)),
+            "total_duration_seconds": duration_seconds,
+        },
+        "mode_summaries": mode_summaries,
+        "strategy_summaries": {
+            strategy: {"mode": runs["mode"].iloc[0], **_averages(runs), "by_context": _by_context(runs)}
+            for strategy, runs in frame.groupby("strategy", sort=False)
+        },
+        "comparative_analysis": comparative_analysis,
+        "machines": unique(frame, "machine"),
+        "links": unique(frame, "link"),
+        "failures": failures.to_dict("records"),
+        "unreadable_files": problems,
+        "not_measured": _not_measured(mode_summaries, comparative_analysis),
+        "definitions": DEFINITIONS,
+    }
+    return _strict(summary)
+
+
+def _averages(runs: pd.DataFrame) -> dict[str, Any]:
+    done = successful(runs)
+    return {
+        "runs": len(runs),
+        "successful_runs": len(done),
+        **{key: mean(done, column) for key, column in AVERAGES.items()},
+        "latency_std_ms": repetition_std(done, "tpot_ms"),
+        "matches_baseline": all_match(done),
+    }
+
+
+def _by_context(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """For each context length, n and spread of whatever was measured there."""
+    contexts = []
+    for context, at_context in successful(runs).groupby("context_tokens"):
+        spreads = {key.removeprefix("average_"): spread(values(at_context, column)) for key, column in AVERAGES.items()}
+        measured = {key: figures for key, figures in spreads.items() if figures["n"]}
+        contexts.append({"context_tokens": context, **measured})
+    return contexts
+
+
+def _comparative_analysis(frame: pd.DataFrame) -> dict[str, Any]:
+    comparisons = compare(frame)
+    by_mode = {mode: [c for c in comparisons if c.mode == mode] for mode in MODES if mode != "baseline"}
+    by_strategy: dict[str, list[Comparison]] = {}
+    for comparison in comparisons:
+        by_strategy.setdefault(comparison.strategy, []).append(comparison)
+    return {
+        "compared_with": list(dict.fromkeys(baselines(frame).values())),
+        **{mode: _compared(own) for mode, own in by_mode.items()},
+        "by_strategy": {
+            strategy: {**_compared(own), "by_context": [_comparison_figures(c) for c in own]}
+            for strategy, own in by_strategy.items()
+        },
+    }
+
+
+def _compared(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    return {"cells": len(comparisons), **average_over_cells(comparisons)}
+
+
+def _comparison_figures(comparison: Comparison) -> dict[str, Any]:
+    figures = dataclasses.asdict(comparison)
+    figures["paired_speedup_percent"] = spread(figures.pop("paired_speedups_percent"))
+    return figures
+
+
+def _not_measured(mode_summaries: dict[str, Any], comparative_analysis: dict[str, Any]) -> dict[str, str]:
+    """Why a figure is null, by its path in the summary."""
+    reasons = {}
+    for mode, figures in mode_summaries.items():
+        for key in (key for key, value in figures.items() if value is None):
+            reasons[f"mode_summaries.{mode}.{key}"] = _why_null(mode, key, figures["successful_runs"])
+        compared = comparative_analysis.get(mode, {})
+        for key in (key for key, value in compared.items() if value is None):
+            reasons[f"comparative_analysis.{mode}.{key}"] = _why_not_compared(mode, compared["cells"])
+    return reasons
+
+
+def _why_null(mode: str, key: str, successful_runs: int) -> str:
+    if not successful_runs:
+        return f"no {mode} run succeeded"
+    if mode == "baseline" and key == "matches_baseline":
+        return "the baseline is what tokens are compared with"
+    if key == "latency_std_ms":
+        return "no context has two successful repetitions, which a spread needs"
+    if mode == "baseline" and any(word in key for word in ("cache", "stall", "host_kv", "floor")):
+        return "the baseline does not page its cache"
+    if mode != "predictive" and any(word in key for word in ("predict", "prefetch")):
+        return f"{mode} runs do not prefetch"
+    if "gpu" in key:
+        return "no run recorded GPU memory, which needs a CUDA device"
+    if "power" in key or "energy" in key:
+        return "no run recorded power, which needs a GPU that NVML can read"
+    return "no run has a value for it"
+
+
+def _why_not_compared(mode: str, cells: int) -> str:
+    if not cells:
+        return f"no cell holds both a successful {mode} run and one of its baseline"
+    return "no cell has a value for it on both sides"
+
+
+def _strict(value: Any) -> Any:
+    """Plain JSON values, with null for NA, NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    number = value.item() if hasattr(value, "item") else value  # numpy's numbers are not JSON's
+    return number if isinstance(number, int | float) and is_finite(number) else None

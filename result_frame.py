@@ -1,0 +1,340 @@
+"""Result files, and the frame they make: one row per run. Everything a report says is a view of that frame.
+
+`load_results` reads what runs left behind and names what it could not read; `to_frame` lays results out in typed
+columns. Two columns say which rows belong together:
+
+* `strategy` is the way of keeping the cache, the same over repetitions and context lengths;
+* `workload` is what a run was asked to do (model, batch, generation settings, dtype, device). A workload at one
+  context length is a **cell**, and only runs of one cell did the same work.
+
+Missing stays missing: whatever is not a finite number of the right type is NA, and never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metrics import SCHEMA_VERSION, ratio
+from registry import MODES
+
+if TYPE_CHECKING:  # takes long to import, and whoever only asks for help should not wait for it
+    import pandas as pd
+
+Result = Mapping[str, Any]
+
+BYTES_PER_MB = 2**20  # as GPU memory is counted
+
+# The fields that make a workload. The seed is left out: it differs between the repetitions of a sampled run, which
+# belong together.
+WORKLOAD_FIELDS = (
+    "model_name",
+    "batch_size",
+    "max_new_tokens",
+    "dtype",
+    "device",
+    "device_map",
+    "quantization",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "stop_at_eos",
+)
+CELL = ["workload", "context_tokens"]
+# What differs between the runs of one strategy.
+_PER_RUN_FIELDS = ("name", "context_length", "requested_context_length", "repetition", "seed")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files -> results
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_results(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results in a folder, and a line for each file that could not be read as one.
+
+    Files are `<mode>_*.json`; results come baseline first, then in the order in which they were run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return [], [f"{folder}: no such folder"]
+    results, problems = [], []
+    for path in sorted(path for mode in MODES for path in folder.glob(f"{mode}_*.json")):
+        try:
+            results.append(_read_result(path))
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{path}: {error}")
+    return sorted(results, key=lambda result: (mode_rank(result), str(result.get("started_at") or ""))), problems
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    if not isinstance(result, dict):
+        raise ValueError("not a result: the file holds no JSON object")
+    version = result.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {version!r}, this program reads {SCHEMA_VERSION}; run it again to compare")
+    mode = dig(result, "spec.mode")
+    if mode not in list(MODES):
+        raise ValueError(f"not a result: spec.mode is {mode!r}, not one of {', '.join(MODES)}")
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"not strict JSON: it holds {name}")
+
+
+def mode_rank(result: Result) -> int:
+    """Baseline, reactive, predictive: the order of the registry, and of every table and plot."""
+    return list(MODES).index(result["spec"]["mode"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results -> frame
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Column of the frame -> where its value stands in a result.
+_TEXT = {
+    "mode": "spec.mode",
+    "run_id": "run_id",
+    "model": "spec.model_name",
+    "cache_implementation": "spec.cache_implementation",
+    "clamp_reason": "context.reason",
+    "error": "error",
+}
+_COUNTS = {
+    "repetition": "spec.repetition",
+    "batch_size": "spec.batch_size",
+    "max_new_tokens": "spec.max_new_tokens",
+    "requested_tokens": "context.requested_tokens",
+    "page_size": "spec.paging.page_size",
+    "max_gpu_pages": "spec.paging.max_gpu_pages",
+    "prefetch_k": "spec.prefetch.prefetch_k",
+    "prefetch_issued": "prefetch.issued",
+    "prefetch_useful": "prefetch.useful",
+    "prefetch_on_time": "prefetch.on_time",
+    "prefetch_late": "prefetch.late",
+    "prefetch_wasted": "prefetch.wasted",
+}
+_NUMBERS = {
+    "ttft_ms": "timing.ttft_ms",
+    "tpot_ms": "timing.tpot_ms",
+    "e2e_ms": "timing.e2e_ms",
+    "tokens_per_second": "timing.tokens_per_second",
+    "batch_tokens_per_second": "timing.batch_tokens_per_second",
+    "stall_ms": "cache.stall_ms",
+    "stall_percent": "cache.stall_percent",
+    "hit_rate": "cache.hit_rate",
+    "miss_rate": "cache.miss_rate",
+    "tpot_over_floor": "cache.floor.tpot_over_floor",
+    "accuracy": "prefetch.accuracy",
+    "coverage": "prefetch.coverage",
+    "timeliness": "prefetch.timeliness",
+    "misprediction_cost_percent": "prefetch.misprediction_cost_percent",
+    "gpu_memory_mb": "memory.gpu_memory_mb",
+    "gpu_peak_mb": "memory.gpu_peak_mb",
+    "gpu_delta_mb": "memory.gpu_delta_mb",
+    "rss_mb": "memory.rss_mb",
+    "rss_delta_mb": "memory.rss_delta_mb",
+    "mean_power_w": "power.mean_power_w",
+    "energy_j": "power.energy_j",
+}
+_BYTES = {
+    "device_kv_mb": "memory.device_kv_bytes",
+    "staging_mb": "memory.staging_bytes",
+    "host_kv_mb": "memory.host_kv_bytes",
+    "kv_total_mb": "memory.kv_bytes_total",
+}
+_FLAGS = {
+    "clamped": "context.clamped",
+    "matches_baseline": "quality.matches_baseline",
+    "random_weights": "model.random_weights",
+}
+
+
+def to_frame(results: Iterable[Result]) -> pd.DataFrame:
+    """One row per run, baseline first; missing values are NA.
+
+    The columns are those named above, and `strategy` (its label), `status`, `workload`, `context_tokens` (what the
+    prompt had, or, for a run that did not get so far, was to have), `prefetch_hit_rate`, and `link` and `machine` in
+    words. Rates are fractions; a MB has 2^20 bytes.
+    """
+    import pandas as pd
+
+    results = sorted(results, key=mode_rank)
+    columns = {"strategy": pd.array(strategy_labels(results), dtype="string")}
+    for name, read, dtype in (
+        ("status", _status, "string"),
+        ("workload", _workload, "string"),
+        ("context_tokens", context_tokens, "Int64"),
+        ("prefetch_hit_rate", _prefetch_hit_rate, "Float64"),
+        ("link", _describe_link, "string"),
+        ("machine", _describe_machine, "string"),
+    ):
+        columns[name] = pd.array([read(result) for result in results], dtype=dtype)
+    for paths, read_at, dtype in (
+        (_TEXT, _text, "string"),
+        (_COUNTS, _count, "Int64"),
+        (_NUMBERS, _number, "Float64"),
+        (_BYTES, _megabytes, "Float64"),
+        (_FLAGS, _flag, "boolean"),
+    ):
+        for name, path in paths.items():
+            columns[name] = pd.array([read_at(result, path) for result in results], dtype=dtype)
+    return pd.DataFrame(columns)
+
+
+def strategy_labels(results: Sequence[Result]) -> list[str]:
+    """The label of each result's strategy: its name.
+
+    Where one name stands for several settings, as when a folder holds the results of two experiments, the settings
+    that differ are added: `reactive (max_gpu_pages=8)`.
+    """
+    names = [_text(result, "spec.name") or result["spec"]["mode"] for result in results]
+    settings = [_strategy_setting(result["spec"]) for result in results]
+    namesakes: dict[str, list[dict[str, str]]] = {}
+    for name, setting in zip(names, settings, strict=True):
+        namesakes.setdefault(name, []).append(setting)
+    differing = {name: _differing_keys(group) for name, group in namesakes.items()}
+    labels = []
+    for name, setting in zip(names, settings, strict=True):
+        details = [f"{key}={setting[key]}" for key in differing[name] if key in setting]
+        labels.append(f"{name} ({', '.join(details)})" if details else name)
+    return labels
+
+
+def _strategy_setting(spec: Mapping[str, Any]) -> dict[str, str]:
+    """The spec without what varies from run to run, its blocks laid flat."""
+    flat: dict[str, Any] = {}
+    for key, value in spec.items():
+        flat.update(value if key in ("paging", "prefetch") and isinstance(value, Mapping) else {key: value})
+    return {key: _setting_text(value) for key, value in flat.items() if key not in _PER_RUN_FIELDS}
+
+
+def _setting_text(value: Any) -> str:
+    """`lru`, or for a part with parameters `lru(k=2)`."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    parameters = ", ".join(f"{key}={parameter}" for key, parameter in value.items() if key != "name")
+    return f"{value.get('name', '')}({parameters})"
+
+
+def _differing_keys(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    return [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
+
+
+def _status(result: Result) -> str:
+    return _text(result, "status") or "unknown"
+
+
+def _workload(result: Result) -> str:
+    return json.dumps({field: result["spec"].get(field) for field in WORKLOAD_FIELDS})
+
+
+def context_tokens(result: Result) -> int | None:
+    """Tokens of prompt that the run had, or, if it did not get so far, was to have."""
+    tokens = _count(result, "context.tokens")
+    return tokens if tokens is not None else _count(result, "spec.context_length")
+
+
+def _prefetch_hit_rate(result: Result) -> float | None:
+    """Prefetched pages that were there before they were wanted / prefetches issued."""
+    return ratio(_number(result, "prefetch.on_time"), _number(result, "prefetch.issued"))
+
+
+def _describe_link(result: Result) -> str | None:
+    """`simulated pcie3-x16, 15.75 GB/s`, as far as it is known."""
+    kind, name = _text(result, "cache.link.kind"), _text(result, "cache.link.name")
+    words = " ".join(dict.fromkeys(word for word in (kind, name) if word))
+    bandwidth_gb_s = _number(result, "cache.link.bandwidth_gb_s")
+    return f"{words}, {bandwidth_gb_s:g} GB/s" if bandwidth_gb_s else words or None
+
+
+def _describe_machine(result: Result) -> str | None:
+    """The GPUs of a run that used them, else the CPU and its threads."""
+    gpus, device = dig(result, "environment.gpus"), _text(result, "model.device") or ""
+    if isinstance(gpus, list) and gpus and not device.startswith("cpu"):
+        return " + ".join(map(str, gpus))
+    cpu, threads = _text(result, "environment.cpu"), _count(result, "environment.torch_threads")
+    return f"{cpu}, {threads} threads" if cpu and threads else cpu
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Single values of a result, by dotted path; None where there is none of the kind
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def dig(value: Any, path: str) -> Any:
+    """The value at a dotted path, or None where the path ends early."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _text(result: Result, path: str) -> str | None:
+    value = dig(result, path)
+    return None if value is None else str(value)
+
+
+def _number(result: Result, path: str) -> float | None:
+    value = dig(result, path)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
+        return None
+    return float(value)
+
+
+def _count(result: Result, path: str) -> int | None:
+    value = _number(result, path)
+    return None if value is None or abs(value) >= 2**63 else int(value)  # Int64 holds no more
+
+
+def _megabytes(result: Result, path: str) -> float | None:
+    return ratio(_number(result, path), BYTES_PER_MB)
+
+
+def _flag(result: Result, path: str) -> bool | None:
+    value = dig(result, path)
+    return value if isinstance(value, bool) else None
+
+
+def is_finite(value: float) -> bool:
+    """As `math.isfinite`, but an integer that no float can hold is False, where that one raises."""
+    return abs(value) <= sys.float_info.max
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views of a frame
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def successful(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["status"] == "ok"]
+
+
+def failed(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["status"] != "ok"]
+
+
+def unique(frame: pd.DataFrame, column: str) -> list[Any]:
+    """The values of a column that are there, in order of appearance."""
+    return list(dict.fromkeys(frame[column].dropna()))
+
+
+def values(frame: pd.DataFrame, column: str) -> list[float]:
+    return [float(value) for value in frame[column].dropna()]
+
+
+def describe_setting(frame: pd.DataFrame) -> str:
+    """What the runs did and where, in one line: models, batch, tokens, machine, link."""
+    random = set(unique(frame[frame["random_weights"].fillna(False)], "model"))
+    models = [f"{model} (random weights)" if model in random else model for model in unique(frame, "model")]
+    batches = [f"batch {size}" for size in unique(frame, "batch_size")]
+    tokens = [f"{count} new tokens" for count in unique(frame, "max_new_tokens")]
+    links = [f"link: {link}" for link in unique(frame, "link")]
+    parts = (models, batches, tokens, unique(frame, "machine"), links)
+    return " · ".join("; ".join(part) for part in parts if part)

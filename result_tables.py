@@ -1,0 +1,263 @@
+"""Tables of results, for a console of 80 columns or more and as Markdown.
+
+A table is made of finished text before it is known where it is shown, so both forms hold the same figures. What can
+stand in a row is written down once, in `CELLS`: heading -> text of a `Row`, which is one strategy, at one context
+length or over all. A table is then a title, some headings, its rows, and a caption that says what they mean.
+
+Every average stands beside its n, and its spread where it has one. What was not measured is an em dash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from comparison import Comparison, all_match, average_over_cells, baselines, compare, mean, repetition_std
+from result_frame import describe_setting, failed, successful, unique, values
+
+if TYPE_CHECKING:  # both take long to import, and `main.py --help` should not wait for them
+    import pandas as pd
+    from rich.console import Console
+
+DASH = "\N{EM DASH}"
+TEXT_HEADINGS = ("strategy", "status", "error")  # the others head numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of finished text. A line break in a heading is where a console breaks it."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    caption: str = ""
+
+    def to_markdown(self) -> str:
+        rule = [":---" if heading in TEXT_HEADINGS else "---:" for heading in self.headings]
+        body = "\n".join(f"| {' | '.join(map(_one_line, line))} |" for line in (self.headings, rule, *self.rows))
+        return "\n\n".join(part for part in (f"**{self.title}**", body, self.caption) if part)
+
+    def to_rich(self) -> Any:
+        """A `rich.table.Table`. Only text may wrap: a number that was cut would still look like a number."""
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(
+            title=Text(self.title, style="bold"),
+            title_justify="left",
+            caption=Text(self.caption),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        for heading in self.headings:
+            is_text = heading in TEXT_HEADINGS
+            justify = "left" if is_text else "right"
+            table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=not is_text)
+        is_by_context = self.headings[0] == "context\ntokens"
+        for _, section in groupby(self.rows, key=lambda row: row[0] if is_by_context else None):
+            for row in section:
+                table.add_row(*map(Text, row))
+            table.add_section()
+        return table
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def print_tables(frame: pd.DataFrame, console: Console) -> None:
+    """The tables on a console, or in a pipe, of at least 80 columns."""
+    for table in tables(frame):
+        console.print(table.to_rich(), "")
+
+
+def markdown_tables(frame: pd.DataFrame) -> str:
+    """The same tables as Markdown."""
+    return "\n\n".join(table.to_markdown() for table in tables(frame)) + "\n"
+
+
+def tables(frame: pd.DataFrame) -> list[Table]:
+    """All tables that have something to say: strategies, contexts, memory, prediction, failures."""
+    makers = (strategy_table, context_table, memory_table, prediction_table, failure_table)
+    return [table for table in (make(frame) for make in makers) if table.rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows, and what can stand in them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a row is about: a strategy's successful runs, at one context or over all, and how they compare."""
+
+    strategy: str
+    context: str
+    n_started: int
+    runs: pd.DataFrame
+    is_reference: bool
+    comparisons: list[Comparison]
+
+    def count(self) -> str:
+        n = len(self.runs)
+        return str(n) if n == self.n_started else f"{n}/{self.n_started}"
+
+    def mean(self, column: str) -> str:
+        return _number_text(mean(self.runs, column))
+
+    def mean_percent(self, column: str) -> str:
+        share = mean(self.runs, column)
+        return DASH if share is None else f"{100.0 * share:.1f}"
+
+    def mean_and_std(self, column: str) -> str:
+        average, std = mean(self.runs, column), repetition_std(self.runs, column)
+        if average is None or std is None:
+            return _number_text(average)
+        return f"{_number_text(average)} ± {std:.{_decimals(average)}f}"
+
+    def compared(self, figure: str) -> str:
+        if self.is_reference:
+            return "ref."
+        value = average_over_cells(self.comparisons)[figure]
+        return DASH if value is None else f"{round(value, 1) + 0.0:+.1f}"  # + 0.0, or -0.04 would read -0.0
+
+    def page_budget(self) -> str:
+        sizes = self.runs[["page_size", "max_gpu_pages"]].dropna()
+        return DASH if sizes.empty else "{} x {}".format(*sizes.iloc[0])
+
+
+def _number_text(value: float | None) -> str:
+    return DASH if value is None else f"{value:.{_decimals(value)}f}"
+
+
+def _decimals(value: float) -> int:
+    """As many as leave three digits or more, which say enough for any of these figures."""
+    return 2 if abs(value) < 9.995 else 1 if abs(value) < 999.95 else 0
+
+
+def _rows(frame: pd.DataFrame, by_context: bool) -> Iterable[Row]:
+    comparisons, references = compare(frame), set(baselines(frame).values())
+    for context in sorted(unique(frame, "context_tokens")) if by_context else [None]:
+        in_context = frame if context is None else frame[frame["context_tokens"] == context]
+        for strategy, started in in_context.groupby("strategy", sort=False):
+            own = [c for c in comparisons if c.strategy == strategy and context in (None, c.context_tokens)]
+            yield Row(strategy, str(context), len(started), successful(started), strategy in references, own)
+
+
+# Heading -> what stands below it.
+CELLS: dict[str, Callable[[Row], str]] = {
+    "context\ntokens": lambda row: row.context,
+    "strategy": lambda row: row.strategy,
+    "n": Row.count,
+    "prefill\nms": lambda row: row.mean("ttft_ms"),
+    "latency\nms": lambda row: row.mean_and_std("tpot_ms"),
+    "speed-up\n%": lambda row: row.compared("latency_speedup_percent"),
+    "tokens\nper s": lambda row: row.mean("tokens_per_second"),
+    "tok/s\ngain %": lambda row: row.compared("throughput_speedup_percent"),
+    "stall\n%": lambda row: row.mean("stall_percent"),
+    "hit\nrate %": lambda row: row.mean_percent("hit_rate"),
+    "same\ntokens": lambda row: {None: DASH, True: "yes", False: "no"}[all_match(row.runs)],
+    "GPU\nMB": lambda row: row.mean("gpu_memory_mb"),
+    "GPU\nsaved %": lambda row: row.compared("gpu_memory_reduction_percent"),
+    "device\nKV MB": lambda row: row.mean("device_kv_mb"),
+    "KV\nsaved %": lambda row: row.compared("device_kv_reduction_percent"),
+    "host\nKV MB": lambda row: row.mean("host_kv_mb"),
+    "page size\nx budget": Row.page_budget,
+    "issued\na run": lambda row: row.mean("prefetch_issued"),
+    "prefetch\nhits %": lambda row: row.mean_percent("prefetch_hit_rate"),
+    "accuracy\n%": lambda row: row.mean_percent("accuracy"),
+    "coverage\n%": lambda row: row.mean_percent("coverage"),
+    "timeliness\n%": lambda row: row.mean_percent("timeliness"),
+    "mispred.\ncost %": lambda row: row.mean("misprediction_cost_percent"),
+}
+
+
+def _table(title: str, headings: tuple[str, ...], rows: Iterable[Row], caption: str) -> Table:
+    return Table(title, headings, [tuple(CELLS[heading](row) for heading in headings) for row in rows], caption)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def strategy_table(frame: pd.DataFrame) -> Table:
+    columns = "strategy", "n", "latency\nms", "speed-up\n%", "tokens\nper s", "stall\n%", "hit\nrate %"
+    return _table(
+        "Strategies: decode latency in ms per token (mean ± std of n runs)",
+        (*columns, "mispred.\ncost %", "same\ntokens"),
+        _rows(frame, by_context=False),
+        f"Over all contexts, std between repetitions; speed-up against {_reference_names(frame)}."
+        f"{_coverage_note(frame)}\n{describe_setting(frame)}",
+    )
+
+
+def context_table(frame: pd.DataFrame) -> Table:
+    columns = "context\ntokens", "strategy", "n", "prefill\nms", "latency\nms", "speed-up\n%", "tok/s\ngain %"
+    return _table(
+        "By context length: decode latency in ms per token (mean ± std of n runs)",
+        (*columns, "stall\n%", "hit\nrate %"),
+        _rows(frame, by_context=True),
+        f"Speed-up: of decode. Gain: of tokens/s, prefill included. Both against {_reference_names(frame)}."
+        f"{_clamp_note(frame)}",
+    )
+
+
+def memory_table(frame: pd.DataFrame) -> Table:
+    columns = "context\ntokens", "strategy", "n", "GPU\nMB", "GPU\nsaved %", "device\nKV MB", "KV\nsaved %"
+    used_gpu = bool(values(frame, "gpu_memory_mb"))
+    return _table(
+        "Memory in MB of 2^20 bytes (mean of n runs)",
+        (*columns, "host\nKV MB", "page size\nx budget"),
+        _rows(successful(frame), by_context=True),
+        f"Saved: compared with {_reference_names(frame)}. Device KV: page pool and staging slots together."
+        " Page size x budget: tokens a page x pages per layer and sequence."
+        f"{'' if used_gpu else ' No GPU was used, so there is no GPU memory to report.'}",
+    )
+
+
+def prediction_table(frame: pd.DataFrame) -> Table:
+    done = successful(frame)
+    columns = "strategy", "n", "issued\na run", "prefetch\nhits %", "accuracy\n%", "coverage\n%", "timeliness\n%"
+    return _table(
+        "Prediction in decode, counted in pages (mean of n runs over all contexts)",
+        (*columns, "mispred.\ncost %"),
+        _rows(done[done["prefetch_issued"].notna()], by_context=False),
+        "Prefetch hits: there before they were wanted / issued. Accuracy: wanted / issued. Coverage: wanted"
+        " / (wanted + misses). Timeliness: there in time / wanted. Misprediction cost: bytes copied in and not used"
+        " / all bytes copied in.",
+    )
+
+
+def failure_table(frame: pd.DataFrame) -> Table:
+    failures = failed(frame)[["strategy", "context_tokens", "status", "error"]].astype("string").fillna(DASH)
+    return Table(
+        f"Runs that did not finish: {len(failures)} of {len(frame)}",
+        ("strategy", "context\ntokens", "status", "error"),
+        list(failures.itertuples(index=False, name=None)),
+    )
+
+
+def _reference_names(frame: pd.DataFrame) -> str:
+    return ", ".join(dict.fromkeys(baselines(frame).values())) or "a baseline that succeeded (there is none)"
+
+
+def _coverage_note(frame: pd.DataFrame) -> str:
+    """A warning where the means of strategies are not over the same contexts."""
+    groups = successful(frame).groupby("strategy")
+    covered = {frozenset(unique(runs, "context_tokens")) for _, runs in groups}
+    return " Not all strategies finished the same contexts: compare them by context." if len(covered) > 1 else ""
+
+
+def _clamp_note(frame: pd.DataFrame) -> str:
+    clamped = frame[frame["clamped"].fillna(False)].drop_duplicates(["model", "requested_tokens"])
+    return "".join(
+        f" Asked for {run.requested_tokens} tokens, ran with {run.context_tokens}: {run.clamp_reason}."
+        for run in clamped.itertuples()
+    )

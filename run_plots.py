@@ -1,0 +1,105 @@
+"""Single runs, token by token, layer by layer, step by step: what an average hides.
+
+Each figure draws the run that says most about its strategy, the first successful one at its longest context
+(`longest_runs`), and gives the strategy the colour that it has in `plots.comparison_figure`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from plots import COLOURS, INK, clear_frame, legend_below, strategy_styles
+from result_frame import Result, context_tokens, dig, mode_rank, strategy_labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def longest_runs(results: Sequence[Result]) -> dict[str, Result]:
+    """Each strategy's first successful run at its longest context: the one whose traces say most."""
+    chosen: dict[str, Result] = {}
+    for label, result in zip(strategy_labels(results), results, strict=True):
+        best = chosen.get(label)
+        if result.get("status") == "ok" and (best is None or context_tokens(result) > context_tokens(best)):
+            chosen[label] = result
+    return chosen
+
+
+def latency_trace_figure(results: Sequence[Result]) -> Figure:
+    """The time of every token after the first, one line per strategy, at its longest context."""
+    figure, axis = _single_axis("Time of each token", "token", "ms since the token before")
+    styles = _styles_of(results)
+    for name, run in longest_runs(results).items():
+        times_ms = dig(run, "timing.itl_ms") or []
+        label = f"{name}, {context_tokens(run):,} tokens of context"
+        axis.plot(range(2, len(times_ms) + 2), times_ms, color=styles[name]["color"], linewidth=1.6, label=label)
+    axis.set_ylim(bottom=0)
+    _legend_of_axis(figure)
+    return figure
+
+
+def layer_figure(results: Sequence[Result]) -> Figure:
+    """The decode hit rate of every paged layer, one line per strategy that pages, at its longest context."""
+    figure, axis = _single_axis("Hit rate by layer", "layer", "% of accesses")
+    styles = _styles_of(results)
+    for name, run in longest_runs(results).items():
+        layers = [layer for layer in dig(run, "cache.by_layer") or [] if layer["accesses"]]
+        if layers:
+            places = [layer["layer"] for layer in layers]
+            rates = [100.0 * layer["hits"] / layer["accesses"] for layer in layers]
+            label = f"{name}, {context_tokens(run):,} tokens of context"
+            axis.plot(places, rates, color=styles[name]["color"], marker="o", markersize=4, label=label)
+    axis.set_ylim(0, 105)
+    _legend_of_axis(figure)
+    return figure
+
+
+def _styles_of(results: Sequence[Result]) -> dict[str, dict[str, str]]:
+    """The styles that `comparison_figure` gives these strategies, also those without a successful run."""
+    return strategy_styles(list(dict.fromkeys(strategy_labels(sorted(results, key=mode_rank)))))
+
+
+def step_figure(name: str, run: Result) -> Figure:
+    """Where the wanted pages were at each decode step, and what became of prefetched ones."""
+    steps = [step for step in run.get("steps") or [] if step["phase"] == "decode"]
+    figure, axis = _single_axis(f"Pages wanted at each step: {name}", "decode step", "pages, all layers")
+    axis.margins(x=0.01)
+    places, floor = range(1, len(steps) + 1), [0] * len(steps)
+    for key, label, colour in (
+        ("hits", "hit: there when wanted", COLOURS[5]),
+        ("late", "late: still on its way", COLOURS[7]),
+        ("misses", "miss: asked for then and there", COLOURS[6]),
+    ):
+        heights = [step[key] for step in steps]
+        axis.bar(places, heights, 1.0, bottom=floor, color=colour, label=label, zorder=2)
+        floor = [below + height for below, height in zip(floor, heights, strict=True)]
+    for key, label, line in (
+        ("prefetch_issued", "prefetches issued", "-"),
+        ("prefetch_wasted", "prefetches wasted", ":"),
+    ):
+        if any(step[key] for step in steps):
+            axis.plot(places, [step[key] for step in steps], line, color=INK, linewidth=1.4, label=label, zorder=3)
+    _legend_of_axis(figure)
+    return figure
+
+
+def _single_axis(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=110, facecolor="white")
+    axis = figure.subplots()
+    axis.set_title(textwrap.fill(title, 85), loc="left", size=12, weight="bold", color=INK)
+    axis.set_xlabel(x_label, color=INK)
+    axis.set_ylabel(y_label, color=INK)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    clear_frame(axis)
+    return figure, axis
+
+
+def _legend_of_axis(figure: Figure) -> None:
+    entries, names = figure.axes[0].get_legend_handles_labels()
+    if names:
+        legend_below(figure, entries, names)

@@ -1,0 +1,139 @@
+"""The summary: the promised keys, strict JSON, and a reason for every null."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from result_fixtures import MEASURED, make_failure, make_result, make_sweep, write_results
+
+import reporting
+
+
+def test_the_summary_has_the_promised_keys(tmp_path):
+    write_results(tmp_path, make_sweep())
+    summary = reporting.write_summary(tmp_path, duration_seconds=12.5)
+    assert json.loads((tmp_path / "experiment_summary.json").read_text()) == summary
+    assert summary["experiment_summary"] == {
+        "total_experiments": 18,
+        "successful_experiments": 18,
+        "total_duration_seconds": 12.5,
+    }
+    assert summary["mode_summaries"]["baseline"]["average_latency_ms"] == pytest.approx(101.0)  # 100, 101, 102
+    assert summary["mode_summaries"]["baseline"]["average_tokens_per_second"] > 0
+    assert summary["mode_summaries"]["reactive"]["average_cache_hit_rate"] == 0.75
+    assert summary["mode_summaries"]["predictive"]["average_prediction_accuracy"] == pytest.approx(0.8)
+    for mode in ("reactive", "predictive"):
+        assert {"latency_speedup_percent", "throughput_speedup_percent"} <= set(summary["comparative_analysis"][mode])
+
+
+def test_the_summary_gives_every_context_with_n_and_spread():
+    summary = reporting.summarise(make_sweep())
+    (short, long) = summary["strategy_summaries"]["reactive"]["by_context"]
+    assert (short["context_tokens"], long["context_tokens"]) == (500, 1000)
+    assert (short["latency_ms"]["n"], short["latency_ms"]["std"]) == (3, pytest.approx(1.0))  # 80, 81, 82
+    compared = summary["comparative_analysis"]["by_strategy"]["reactive"]["by_context"][0]
+    assert (compared["n"], compared["baseline_n"], compared["baseline"]) == (3, 3, "baseline")
+    assert compared["paired_speedup_percent"]["n"] == 3
+
+
+def test_a_failed_run_is_counted_named_and_left_out_of_averages():
+    failure = make_failure(make_result("reactive", repetition=9, tpot_ms=1.0))
+    summary = reporting.summarise([make_result(), make_result("reactive"), failure])
+    assert summary["experiment_summary"]["total_experiments"] == 3
+    assert summary["experiment_summary"]["successful_experiments"] == 2
+    assert summary["mode_summaries"]["reactive"]["average_latency_ms"] == 100.0
+    assert summary["failures"] == [
+        {
+            "run_id": failure["run_id"],
+            "strategy": "reactive",
+            "context_tokens": 500,
+            "repetition": 9,
+            "status": "out_of_memory",
+            "error": "CUDA out of memory",
+        }
+    ]
+
+
+def test_a_mode_that_was_not_run_is_null_and_the_summary_says_why():
+    summary = reporting.summarise([make_result()])
+    assert summary["mode_summaries"]["predictive"]["average_latency_ms"] is None
+    assert summary["comparative_analysis"]["predictive"]["latency_speedup_percent"] is None
+    reasons = summary["not_measured"]
+    assert reasons["mode_summaries.predictive.average_latency_ms"] == "no predictive run succeeded"
+    assert "does not page" in reasons["mode_summaries.baseline.average_cache_hit_rate"]
+    assert "no cell" in reasons["comparative_analysis.predictive.latency_speedup_percent"]
+
+
+def test_every_null_average_has_its_reason():
+    summary = reporting.summarise(make_sweep())
+    for mode, figures in summary["mode_summaries"].items():
+        for key in (key for key, value in figures.items() if value is None):
+            assert f"mode_summaries.{mode}.{key}" in summary["not_measured"]
+
+
+def test_unreadable_files_are_named_in_the_summary(tmp_path):
+    (tmp_path / "reactive_torn.json").write_text("{")
+    assert "reactive_torn.json" in reporting.summarise(tmp_path)["unreadable_files"][0]
+
+
+def test_a_wrong_token_anywhere_is_not_averaged_away():
+    wrong = make_result("reactive", repetition=1)
+    wrong["quality"]["matches_baseline"] = False
+    assert (
+        reporting.summarise([make_result("reactive"), wrong])["mode_summaries"]["reactive"]["matches_baseline"] is False
+    )
+
+
+def numbers_in(value):
+    if isinstance(value, dict):
+        yield from (number for inner in value.values() for number in numbers_in(inner))
+    elif isinstance(value, list):
+        yield from (number for inner in value for number in numbers_in(inner))
+    elif isinstance(value, float):
+        yield value
+
+
+anything = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.sampled_from([math.nan, math.inf, -math.inf, 10**30, 10**400]),
+    st.floats(-1e12, 1e12),
+    st.integers(0, 10**9),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_results_hold_the_summary_is_strict_json_and_tables_can_be_made(data):
+    results = []
+    for result in make_sweep(contexts=(500,), repetitions=2):
+        result = copy.deepcopy(result)
+        for block in data.draw(st.lists(st.sampled_from(MEASURED), max_size=4), label="blocks lost"):
+            result[block] = data.draw(st.sampled_from([None, "torn", []]), label="what is there instead")
+        for block in ("timing", "memory", "cache", "prefetch", "context", "quality"):
+            if isinstance(result[block], dict):
+                for key in data.draw(st.lists(st.sampled_from(sorted(result[block])), max_size=2), label=block):
+                    result[block][key] = data.draw(anything, label=key)
+        result["status"] = data.draw(st.sampled_from(["ok", "ok", "error", None]), label="status")
+        results.append(result)
+    summary = reporting.summarise(results, data.draw(anything, label="duration"))
+    json.dumps(summary, allow_nan=False)
+    assert all(math.isfinite(number) for number in numbers_in(summary))
+    assert "nan" not in reporting.markdown_tables(reporting.to_frame(results)).lower()
+
+
+def test_importing_the_reports_loads_nothing_heavy():
+    heavy = "{'torch', 'pandas', 'matplotlib', 'rich'}"
+    probe = f"import sys, reporting, plots, run_plots; print(*(sys.modules.keys() & {heavy}))"
+    folder = Path(reporting.__file__).parent
+    done = subprocess.run([sys.executable, "-c", probe], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

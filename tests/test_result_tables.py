@@ -1,0 +1,145 @@
+"""Tables: what stands in them, at any width, on a console and in Markdown."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from result_fixtures import make_failure, make_result, make_sweep
+from rich.console import Console
+
+from result_frame import describe_setting, to_frame
+from result_tables import (
+    context_table,
+    failure_table,
+    markdown_tables,
+    memory_table,
+    prediction_table,
+    print_tables,
+    strategy_table,
+    tables,
+)
+
+
+def printed(results, width=80) -> str:
+    pipe = io.StringIO()
+    print_tables(to_frame(results), Console(width=width, file=pipe))
+    return pipe.getvalue()
+
+
+def printed_table(table, width) -> str:
+    pipe = io.StringIO()
+    Console(width=width, file=pipe).print(table.to_rich())
+    return pipe.getvalue()
+
+
+def row_of(table, strategy):
+    (row,) = [row for row in table.rows if strategy in row]
+    return dict(zip(table.headings, row, strict=True))
+
+
+def test_the_strategy_table_says_speed_spread_waiting_and_cost():
+    table = strategy_table(to_frame(make_sweep()))
+    predictive = row_of(table, "predictive")
+    assert predictive["latency\nms"] == "51.0 ± 1.0"  # 50, 51, 52 at each context
+    assert predictive["speed-up\n%"] == "+98.0"  # medians: 100 x (101 / 51 - 1) = 98.04
+    assert (predictive["n"], predictive["stall\n%"], predictive["hit\nrate %"]) == ("6", "5.00", "75.0")
+    assert (predictive["mispred.\ncost %"], predictive["same\ntokens"]) == ("16.0", "yes")
+    assert row_of(table, "reactive")["mispred.\ncost %"] == "—"
+    assert row_of(table, "baseline")["speed-up\n%"] == "ref."
+    assert "link: simulated pcie3-x16, 15.75 GB/s" in table.caption
+
+
+def test_the_context_table_has_a_row_per_context_and_strategy():
+    table = context_table(to_frame(make_sweep()))
+    assert [row[:2] for row in table.rows] == [
+        (context, mode) for context in ("500", "1000") for mode in ("baseline", "reactive", "predictive")
+    ]
+
+
+def test_the_memory_table_shows_a_dash_where_there_is_no_gpu():
+    table = memory_table(to_frame(make_sweep(contexts=(500,))))
+    reactive = row_of(table, "reactive")
+    assert (reactive["GPU\nMB"], reactive["GPU\nsaved %"]) == ("—", "—")
+    assert (reactive["device\nKV MB"], reactive["KV\nsaved %"]) == ("40.0", "+50.0")
+    assert reactive["page size\nx budget"] == "128 x 4"
+    assert row_of(table, "baseline")["page size\nx budget"] == "—"
+    assert "No GPU" in table.caption
+
+
+def test_the_prediction_table_lists_only_strategies_that_prefetch():
+    table = prediction_table(to_frame(make_sweep()))
+    assert [row[0] for row in table.rows] == ["predictive"]
+    assert table.rows[0][2:] == ("20.0", "60.0", "80.0", "64.0", "75.0", "16.0")
+
+
+def test_failures_have_their_table_and_lower_the_count_of_their_strategy():
+    results = [
+        *make_sweep(contexts=(500,)),
+        make_failure(make_result("reactive", repetition=3), error="line 1\nfix"),
+    ]
+    frame = to_frame(results)
+    assert failure_table(frame).rows == [("reactive", "500", "out_of_memory", "line 1\nfix")]
+    assert row_of(strategy_table(frame), "reactive")["n"] == "3/4"
+
+
+def test_a_clamped_context_is_said_under_the_table():
+    result = make_result(context=974)
+    result["context"].update(requested_tokens=1000, clamped=True, reason="the model has 1024 positions")
+    caption = context_table(to_frame([result])).caption
+    assert "Asked for 1000 tokens, ran with 974: the model has 1024 positions." in caption
+
+
+def test_random_weights_are_said_wherever_the_model_is_named():
+    result = make_result()
+    result["model"]["random_weights"] = True
+    assert "tiny (random weights)" in describe_setting(to_frame([result]))
+
+
+def test_strategies_that_finished_different_contexts_carry_a_warning():
+    results = [*make_sweep(), make_failure(make_result("reactive", 4000)), make_result(context=4000)]
+    assert "compare them by context" in strategy_table(to_frame(results)).caption
+    assert "compare them by context" not in strategy_table(to_frame(make_sweep())).caption
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_a_pipe_of_80_to_120_columns_cuts_no_number(width):
+    long_name = "reactive-with-a-remarkably-long-name"
+    results = [
+        *make_sweep((1000, 128_000)),
+        *(make_result("reactive", 128_000, r, tpot_ms=12_345.6 + 2 * r, name=long_name) for r in range(2)),
+    ]
+    results += [make_failure(make_result("predictive", repetition=7), error="[/red] out of memory, see [bold]docs")]
+    text = printed(results, width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for number in ("12347 ± 1", "128000", "+98.0", "51.0 ± 1.0", "128 x 4", "[/red]"):
+        assert number in text, number
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_neither_headings_nor_mode_names_are_broken_inside_a_word(width):
+    slow_ms = {"baseline": 1560.9, "reactive": 2113.3, "predictive": 1943.4}
+    results = [make_result(mode, 32_000, r, (1 + r) * tpot_ms) for mode, tpot_ms in slow_ms.items() for r in range(2)]
+    results.append(make_failure(make_result("predictive", 32_000, repetition=7)))
+    for table in tables(to_frame(results)):
+        words = printed_table(table, width).split()
+        expected = {*" ".join(table.headings).split(), *(row[table.headings.index("strategy")] for row in table.rows)}
+        assert expected <= set(words)
+
+
+def test_a_number_just_below_zero_is_not_minus_zero():
+    text = printed([make_result(tpot_ms=100.0), make_result("reactive", tpot_ms=100.001)])
+    assert "-0.0" not in text
+
+
+def test_markdown_holds_the_same_rows_and_survives_pipes_and_line_breaks():
+    results = [*make_sweep((500,)), make_failure(make_result("reactive", repetition=5), error="a | b\nc")]
+    markdown = markdown_tables(to_frame(results))
+    assert "| predictive | 3 | 51.0 ± 1.0 | +98.0 |" in markdown
+    assert "| reactive | 500 | out_of_memory | a \\| b c |" in markdown
+    assert "speed-up %" in markdown
+
+
+def test_no_results_give_no_tables():
+    assert tables(to_frame([])) == []
