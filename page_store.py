@@ -64,6 +64,10 @@ class Transport(Protocol):
 
     def restart_clock(self) -> None: ...
 
+    def adopt(self, pool: torch.Tensor) -> None:
+        """Take note of device memory that copies will use, so that it outlives those under way."""
+        ...
+
 
 def transport_for(device: torch.device, link: Link) -> Transport:
     """The transport for a device: its own stream on CUDA, a worker thread on a CPU."""
@@ -120,6 +124,9 @@ class ThreadTransport:
     def restart_clock(self) -> None:
         self._busy_seconds = 0.0
 
+    def adopt(self, pool: torch.Tensor) -> None:
+        pass  # an order under way holds its tensors
+
     def _charge(self, ticket: _ThreadTicket, n_bytes: int, to_device: bool, asked_at: float) -> None:
         """Book the link for a copy that has just been done, and date its ticket."""
         start = max(asked_at, self._link_free_at[to_device])
@@ -161,6 +168,7 @@ def _copy_bytes(destination: torch.Tensor, source: torch.Tensor) -> None:
 @dataclass
 class _StreamTicket:
     event: torch.cuda.Event
+    device: torch.device
 
     def done(self) -> bool:
         return self.event.query()
@@ -168,7 +176,7 @@ class _StreamTicket:
     def wait(self) -> float | Callable[[], float]:
         if self.event.query():
             return 0.0
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(self.device)
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record(stream)
         stream.wait_event(self.event)
@@ -194,7 +202,7 @@ class StreamTransport:
             end.record(self._stream)
         if to_device:
             self._spans.append((start, end))
-        return _StreamTicket(end)
+        return _StreamTicket(end, self.device)
 
     def busy_ms(self) -> float:
         self._stream.synchronize()
@@ -202,6 +210,10 @@ class StreamTransport:
 
     def restart_clock(self) -> None:
         self._spans = []
+
+    def adopt(self, pool: torch.Tensor) -> None:
+        # Else the allocator could give the memory of a dropped cache away while a last prefetch still writes to it.
+        pool.record_stream(self._stream)
 
 
 class PageStore:
@@ -226,6 +238,7 @@ class PageStore:
         # And never an inference tensor, which a caller outside inference mode could not write to.
         with torch.inference_mode(False):
             self.pool = torch.zeros((n_slots, 2, *page_shape), dtype=dtype, device=device)
+        transport.adopt(self.pool)
         self.transport = transport
         self.host_is_pinned = device.type == "cuda"
         self._segments: list[torch.Tensor] = []
@@ -311,7 +324,7 @@ def to_host_later(values: torch.Tensor) -> Callable[[], list[Any]]:
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(values.device))
 
     def read() -> list[Any]:
         copied.synchronize()

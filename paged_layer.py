@@ -23,6 +23,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_attention import CannotPage
+from links import choose_link
 from metrics import Recorder
 from page_store import PageStore, Transport
 from page_table import PageTable
@@ -55,6 +56,9 @@ class Paging:
     link: str | Mapping[str, Any] = "auto"
 
     def __post_init__(self):
+        POLICIES.create(self.policy)
+        SELECTORS.create(self.selector)
+        choose_link(self.link, "cpu")
         for name in ("page_size", "max_gpu_pages", "staging_pages", "recent_pages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -1,0 +1,188 @@
+"""Prefetch moves bytes earlier and changes nothing else, whatever is predicted; and its figures add up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny_models import CONFIGS, continue_prompt, make_model, make_prompt
+
+import page_table
+from page_predictors import LastStep, LayerAhead, NoPrediction
+from page_store import PageStore
+from predictive_prefetch import PrefetchingKVCache
+from registry import PREDICTORS
+
+SMALL = {"page_size": 16, "max_gpu_pages": 3, "staging_pages": 2, "link": "memory"}
+
+
+@dataclass(frozen=True)
+class Nonsense(NoPrediction):
+    """Predicts pages that do not exist, duplicates, and in the wrong order."""
+
+    def predict(self, layer, step):
+        return [(-3, 2.0), (10**6, 1.0), (1, 0.9), (1, 0.9), (2, -1.0), (10**6, 0.5), (3, float("nan"))]
+
+
+@dataclass(frozen=True)
+class Backwards(NoPrediction):
+    """Always predicts the oldest pages, of all layers alike."""
+
+    def predict(self, layer, step):
+        return [(page, 1.0) for page in range(50)]
+
+
+PREDICTOR_CHOICES = [*PREDICTORS, "test_prefetching:Nonsense", "test_prefetching:Backwards"]
+
+
+@pytest.fixture(scope="module", params=["llama_gqa", "gpt2_learned_positions", "gemma3_hybrid_sliding"])
+def model(request):
+    return make_model(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model(CONFIGS["llama_gqa"])
+
+
+def prefetched_tokens(model, prompt, **options):
+    """Tokens with a prefetching cache, and the cache."""
+    cache = PrefetchingKVCache(model.config, **{"prefetch_k": 2} | SMALL | options)
+    with cache.attached(model):
+        return continue_prompt(model, prompt, past_key_values=cache), cache
+
+
+@pytest.mark.parametrize("predictor", PREDICTOR_CHOICES)
+@pytest.mark.parametrize("padding", [0, 23], ids=["no_padding", "left_padding"])
+def test_tokens_are_the_baselines_whatever_is_predicted(model, predictor, padding):
+    prompt = make_prompt(100, batch=2, padding=padding)
+    tokens, _ = prefetched_tokens(model, prompt, predictor=predictor)
+    assert torch.equal(tokens, continue_prompt(model, prompt))
+
+
+@pytest.mark.parametrize("predictor", PREDICTOR_CHOICES)
+def test_every_access_and_every_prefetch_is_accounted_for(llama, predictor):
+    _, cache = prefetched_tokens(llama, make_prompt(100), predictor=predictor)
+    decode = cache.recorder.snapshot("decode")
+    used = decode["prefetch_on_time"] + decode["prefetch_late"]
+    still_staged = sum(len(sequence.table.staged) for layer in cache.paged_layers for sequence in layer.sequences)
+    assert decode["prefetch_issued"] == used + decode["prefetch_wasted"] + still_staged
+    assert decode["h2d_pages"] == decode["misses"] + decode["prefetch_issued"]
+    # What moves on demand or ahead, and was used, is just what did not fit.
+    assert decode["misses"] + used == decode["must_move"]
+
+
+def test_looking_a_layer_ahead_is_always_right_under_exact_attention(llama):
+    _, cache = prefetched_tokens(llama, make_prompt(100), predictor="layer_ahead")
+    decode = cache.recorder.snapshot("decode")
+    assert decode["prefetch_wasted"] == 0
+    assert decode["prefetch_issued"] > 0
+
+
+def test_no_prediction_is_reactive_paging(llama):
+    _, cache = prefetched_tokens(llama, make_prompt(100), predictor="none")
+    decode = cache.recorder.snapshot("decode")
+    assert decode["prefetch_issued"] == 0
+    assert decode["misses"] == decode["must_move"]
+
+
+@pytest.mark.parametrize("predictor", PREDICTOR_CHOICES)
+def test_nothing_is_copied_that_is_on_the_device(llama, predictor, monkeypatch):
+    """A fetch into a slot is only ever for a page that no slot held when the copy was asked for."""
+    held_already = []
+    original = page_table.PageTable.stage
+
+    def stage(table, page, pinned):
+        held_already.append(table.slot(page) is not None)
+        return original(table, page, pinned)
+
+    monkeypatch.setattr(page_table.PageTable, "stage", stage)
+    fetched = []
+    fetch = PageStore.fetch
+    monkeypatch.setattr(PageStore, "fetch", lambda store, pages: fetched.extend(pages) or fetch(store, pages))
+    prefetched_tokens(llama, make_prompt(100), predictor=predictor)
+    assert len(held_already) == len(fetched) > 0
+    assert not any(held_already)
+
+
+@pytest.mark.parametrize("predictor", PREDICTOR_CHOICES)
+def test_the_budget_is_never_exceeded(llama, predictor, monkeypatch):
+    most = {"resident": 0, "on_device": 0}
+    for name in ("stage", "admit", "open"):
+        original = getattr(page_table.PageTable, name)
+
+        def counted(table, *arguments, original=original):
+            result = original(table, *arguments)
+            most["resident"] = max(most["resident"], len(table.resident))
+            most["on_device"] = max(most["on_device"], len(table.resident) + len(table.staged))
+            return result
+
+        monkeypatch.setattr(page_table.PageTable, name, counted)
+    prefetched_tokens(llama, make_prompt(150), predictor=predictor)
+    assert most["resident"] == SMALL["max_gpu_pages"]
+    assert most["on_device"] <= SMALL["max_gpu_pages"] + SMALL["staging_pages"]
+
+
+def test_a_predictor_that_raises_ends_the_generation_with_its_own_error(llama, monkeypatch):
+    def broken(self, layer, step):
+        raise ZeroDivisionError("no forecast today")
+
+    monkeypatch.setattr(LayerAhead, "predict", broken)
+    with pytest.raises(ZeroDivisionError, match="no forecast today"):
+        prefetched_tokens(llama, make_prompt(100))
+
+
+def test_the_observed_shares_are_the_attention_that_transformers_computes(llama, monkeypatch):
+    """Summed by page, eager attention weights of the last step are the mass that the predictor is told."""
+    told = {}
+    original = LastStep.observe
+
+    def observe(self, layer, step, pages, mass):
+        told[layer] = dict(zip(pages, mass(), strict=True))
+        original(self, layer, step, pages, mass)
+
+    monkeypatch.setattr(LastStep, "observe", observe)
+    prompt = make_prompt(100)
+    tokens, _ = prefetched_tokens(llama, prompt, predictor="last_step")
+    llama.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            attentions = llama(tokens[:, :-1], output_attentions=True).attentions
+    finally:
+        llama.set_attn_implementation("sdpa")
+    for layer, weights in enumerate(attentions):
+        by_position = weights[0, :, -1].mean(0)  # [positions], averaged over heads
+        expected = {page: float(part.sum()) for page, part in enumerate(by_position.split(SMALL["page_size"]))}
+        assert told[layer] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_last_step_is_ranked_by_share_of_attention():
+    predictor = LastStep()
+    predictor.observe(0, 0, [4, 7, 9], lambda: [0.2, 0.5, 0.3])
+    assert [page for page, _ in predictor.predict(0, 1)] == [7, 9, 4]
+    assert predictor.predict(1, 1) == []
+
+
+def test_more_prefetches_than_staging_slots_are_refused(llama):
+    with pytest.raises(ValueError, match="prefetch_k=3 must be between 1 and staging_pages=2"):
+        PrefetchingKVCache(llama.config, **SMALL, prefetch_k=3)
+
+
+def test_a_reset_cache_predicts_from_nothing(llama):
+    _, cache = prefetched_tokens(llama, make_prompt(100), predictor="last_step")
+    cache.reset()
+    prompt = make_prompt(80, seed=4)
+    with cache.attached(llama):
+        tokens = continue_prompt(llama, prompt, past_key_values=cache)
+    assert torch.equal(tokens, continue_prompt(llama, prompt))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("predictor", PREDICTOR_CHOICES)
+def test_on_cuda_tokens_are_those_without_prefetch(predictor):
+    model = make_model(CONFIGS["llama_gqa"]).cuda()
+    prompt = make_prompt(100)
+    prompt = type(prompt)(prompt.ids.cuda(), prompt.mask.cuda())
+    tokens, _ = prefetched_tokens(model, prompt, predictor=predictor, link="auto")
+    assert torch.equal(tokens, continue_prompt(model, prompt))
