@@ -57,8 +57,9 @@ class PagedKVCache(Cache):
         self.paging = Paging(**paging)
         self.recorder = Recorder()
         self.phase = "prefill"
+        self.prompt_tokens: int | None = None
         self._transports: dict[torch.device, Transport] = {}
-        self._attached = False
+        self._attached = self.torn = self._has_decoded = False
         layers = [self._paged_or_kept(index, layer) for index, layer in enumerate(DynamicCache(config=config).layers)]
         super().__init__(layers=layers)
         self.paged_layers = [layer for layer in layers if isinstance(layer, PagedLayer)]
@@ -94,7 +95,7 @@ class PagedKVCache(Cache):
         """Append keys and values `[B, K, T, D]` of a layer; returns those that attention needs to be given."""
         layer = self.layers[layer_idx]
         if layer is self.paged_layers[0]:
-            self._begin_step("decode" if key_states.shape[2] == 1 else "prefill")
+            self._begin_step(key_states.shape[2])
         if not self._attached:
             return layer.update(key_states, value_states, *args, **kwargs)
         if isinstance(layer, PagedLayer):
@@ -103,12 +104,33 @@ class PagedKVCache(Cache):
         hf_attention.hand_over(layer_idx, None)
         return layer.update(key_states, value_states, *args, **kwargs)
 
-    def _begin_step(self, phase: str) -> None:
-        if phase == "decode" and self.phase == "prefill":
+    def _begin_step(self, n_new: int) -> None:
+        """Note which phase this forward pass belongs to. Where the prompt's length was announced (`prompt_tokens`),
+        decode begins after it; else one new token is taken for a decode step."""
+        self._require_whole()
+        past = self.paged_layers[0].n_tokens
+        decoding = n_new == 1 if self.prompt_tokens is None else past >= self.prompt_tokens
+        if decoding and not self._has_decoded:
+            self._has_decoded = True
             for transport in self._transports.values():
                 transport.restart_clock()
-        self.phase = phase
-        self.recorder.begin_step(phase)
+        self.phase = "decode" if decoding else "prefill"
+        self.recorder.begin_step(self.phase)
+
+    def _require_whole(self) -> None:
+        """Refuse a context of which a forward pass that failed midway has written only some layers."""
+        if self.torn or len({layer.n_tokens for layer in self.paged_layers}) > 1:
+            raise RuntimeError("a forward pass with this cache failed midway and left it torn; call reset() first")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` positions of every layer."""
+        self._require_whole()
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Make row i the old row `beam_idx[i]`."""
+        self._require_whole()
+        super().reorder_cache(beam_idx)
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[PagedKVCache]:
@@ -129,6 +151,7 @@ class PagedKVCache(Cache):
         super().reset()
         self.recorder.reset()
         self.phase = "prefill"
+        self.torn = self._has_decoded = False
 
     # --- what layers need, and where predictive paging hooks in -----------------------------------------------------
 
@@ -166,11 +189,11 @@ class PagedKVCache(Cache):
 
     def figures(self, timing: Timing) -> dict[str, Any]:
         """The result blocks `cache` and `steps` of a generation that took `timing`."""
-        transports = list(self._transports.values())
-        transfer_ms = sum(transport.busy_ms() for transport in transports)
+        transfer_ms = sum(transport.busy_ms() for transport in self._transports.values())
         self.recorder.settle()
-        figures = cache_figures(self.recorder, timing, self.page_bytes, asdict(transports[0].link), transfer_ms)
         layer = self.paged_layers[0]
+        link = asdict(layer.store.transport.link)
+        figures = cache_figures(self.recorder, timing, self.page_bytes, link, transfer_ms)
         figures |= {
             "n_pages": layer.n_pages,
             "page_bytes": self.page_bytes,
@@ -181,14 +204,14 @@ class PagedKVCache(Cache):
 
 
 def _attention_devices(model: PreTrainedModel) -> dict[int, torch.device]:
-    """The device of each layer's attention, by layer index."""
+    """Where each layer's attention is computed, by layer index. accelerate brings offloaded weights to the device of
+    its hook for that."""
     devices: dict[int, torch.device] = {}
     for module in model.modules():
         layer_idx = getattr(module, "layer_idx", None)
-        if isinstance(layer_idx, int):
-            for parameter in module.parameters():
-                devices.setdefault(layer_idx, parameter.device)
-                break
+        if isinstance(layer_idx, int) and (parameter := next(module.parameters(), None)) is not None:
+            place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            devices.setdefault(layer_idx, parameter.device if place is None else torch.device(place))
     return devices
 
 
@@ -199,8 +222,10 @@ class MeasuredPagedCache:
         self.cache, self.model = cache, model
         self.memory, self.figures, self.attached = cache.memory, cache.figures, cache.attached
 
-    def start(self, batch_size: int, max_tokens: int) -> Cache:
+    def start(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> Cache:
         shape = self.model.shape
+        max_tokens = prompt_tokens + new_tokens
+        self.cache.prompt_tokens = prompt_tokens
         self.cache.allocate(self.model.model, batch_size, shape.n_kv_heads, shape.head_dim, max_tokens)
         return self.cache
 

@@ -6,8 +6,9 @@ result says which it was.
 
 The presets are the raw rates of PCI Express with 16 lanes after 128b/130b line coding, per direction: 8, 16 and 32 GT/s
 per lane for generations 3, 4 and 5 (PCI-SIG base specifications 3.0, 4.0, 5.0). Packet headers take a further 5-20 %
-in practice, so a preset is the most a bus of that kind can do. Their latency of 10 us stands for the launch of one
-asynchronous copy.
+in practice, so a preset is the most a bus of that kind can do. Their latency of 10 us stands for asking for the pages
+of one request. A simulated link only ever delays: where the copy itself takes longer than the bus would, the copy's
+time counts, and a result's `effective_bandwidth_gb_s` shows it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Link:
         kind: `"bus"` (a real one), `"simulated"`, or `"memory"` (plain copies, as fast as they go).
         name: the preset's name, or `"custom"`.
         bandwidth_gb_s: 10^9 bytes per second, or None where it is not known beforehand.
-        latency_us: time from asking to the first byte, in microseconds.
+        latency_us: time from a request to its first byte, in microseconds.
     """
 
     kind: str

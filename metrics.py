@@ -21,11 +21,14 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 SCHEMA_VERSION = 1
+EVENT_RESOLUTION_MS = 0.005  # two CUDA events next to each other are a few microseconds apart
+
+Stall = float | Callable[[], float]
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -165,7 +168,7 @@ class Recorder:
         with self._lock:
             self.steps: list[StepRecord] = []
             self.by_layer: dict[int, StepRecord] = {}
-            self._unread_stalls: list[tuple[StepRecord, StepRecord | None, Any]] = []
+            self._unread: list[tuple[list[StepRecord], Callable[[], float], int]] = []
 
     def begin_step(self, phase: str) -> None:
         """Open the record of the next forward pass; `phase` is `"prefill"` or `"decode"`."""
@@ -179,30 +182,36 @@ class Recorder:
                 for name, amount in counts.items():
                     setattr(record, name, getattr(record, name) + amount)
 
-    def stalled(self, layer: int, stall: Any) -> None:
-        """Add time that compute waited for a page: milliseconds, or a callable that gives them after the run."""
+    def waited(self, layer: int, stall: Stall, n_prefetched: int = 0) -> None:
+        """Add time that computing waited for a copy.
+
+        Args:
+            stall: milliseconds, or a function that gives them after the run.
+            n_prefetched: pages of that copy that were made ahead and have been asked for; they are late, or hits if it
+                turns out that nothing had to wait for them.
+        """
         with self._lock:
             records = self._records(layer)
             if callable(stall):
-                self._unread_stalls.append((records[0], records[1] if len(records) > 1 else None, stall))
-                return
-            for record in records:
-                record.stall_ms += stall
+                self._unread.append((records, stall, n_prefetched))
+            else:
+                _add_wait(records, stall, n_prefetched)
 
     def settle(self) -> None:
         """Read the stalls that were still on the device. Call after the device has finished the run."""
         with self._lock:
-            unread, self._unread_stalls = self._unread_stalls, []
-            for step, layer, stall in unread:
-                elapsed_ms = stall()
-                step.stall_ms += elapsed_ms
-                if layer is not None:
-                    layer.stall_ms += elapsed_ms
+            unread, self._unread = self._unread, []
+            for records, stall, n_prefetched in unread:
+                _add_wait(records, stall(), n_prefetched)
 
     def snapshot(self, phase: str) -> dict[str, Any]:
-        """Totals over the steps of one phase, as plain values."""
+        """Totals over the steps of one phase, as plain values; stalls are None while some are still on the device."""
         with self._lock:
-            return _totals([step for step in self.steps if step.phase == phase])
+            steps = [step for step in self.steps if step.phase == phase]
+            totals = {"steps": len(steps), **_totals(steps)}
+            if self._unread:
+                totals["stall_ms"] = None
+            return totals
 
     def step_dicts(self) -> list[dict[str, Any]]:
         with self._lock:
@@ -222,12 +231,22 @@ class Recorder:
         return [current, self.by_layer.setdefault(layer, StepRecord(step=-1, phase="decode"))]
 
 
+def _add_wait(records: Sequence[StepRecord], stall_ms: float, n_prefetched: int) -> None:
+    for record in records:
+        record.stall_ms += stall_ms
+        if stall_ms > EVENT_RESOLUTION_MS:
+            record.late += n_prefetched
+            record.prefetch_late += n_prefetched
+        else:
+            record.hits += n_prefetched
+            record.prefetch_on_time += n_prefetched
+
+
 _SUMMED = [field.name for field in dataclasses.fields(StepRecord) if field.name not in ("step", "phase")]
 
 
 def _totals(records: Sequence[StepRecord]) -> dict[str, Any]:
     totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in _SUMMED}
-    totals["steps"] = len(records)
     totals["accesses"] = totals["hits"] + totals["late"] + totals["misses"]
     return totals
 
@@ -244,6 +263,7 @@ def cache_figures(
     """
     decode = recorder.snapshot("decode")
     h2d_bytes = decode["h2d_pages"] * page_bytes
+    measured_gb_s = ratio(h2d_bytes / 1e6, transfer_ms)
     return {
         "accesses": decode["accesses"],
         "hits": decode["hits"],
@@ -257,9 +277,9 @@ def cache_figures(
         "stall_ms": decode["stall_ms"],
         "stall_percent": percent(decode["stall_ms"], timing.decode_ms),
         "transfer_ms": transfer_ms,
-        "effective_bandwidth_gb_s": ratio(h2d_bytes / 1e6, transfer_ms),
+        "effective_bandwidth_gb_s": measured_gb_s,
         "link": link,
-        "floor": _floor(decode, timing, page_bytes, link),
+        "floor": _floor(decode, timing, page_bytes, link, measured_gb_s),
         "by_layer": recorder.layer_dicts(),
         "prefill": _prefill_figures(recorder, page_bytes),
     }
@@ -276,21 +296,27 @@ def _prefill_figures(recorder: Recorder, page_bytes: int) -> dict[str, Any]:
     }
 
 
-def _floor(decode: dict[str, Any], timing: Timing, page_bytes: int, link: dict[str, Any]) -> dict[str, Any]:
+def _floor(
+    decode: dict[str, Any], timing: Timing, page_bytes: int, link: dict[str, Any], measured_gb_s: float | None
+) -> dict[str, Any]:
     """Roofline of a decode step: max(compute, bytes that must move / bandwidth), and how far the run is above it.
 
-    Compute is what is left of a step without its stall, so it holds everything that is not waiting for a page.
+    Compute is what is left of a step without its stall, so it holds everything that is not waiting for a page. The
+    bandwidth is the link's own where it is known, and for a real bus the one measured in this run.
     """
     must_move_bytes = ratio(decode["must_move"] * page_bytes, decode["steps"])
-    bandwidth_gb_s = link.get("bandwidth_gb_s")
+    bandwidth_gb_s = link.get("bandwidth_gb_s") or measured_gb_s
     tpot_ms = timing.tpot_ms
-    compute_ms = None if tpot_ms is None else tpot_ms - (ratio(decode["stall_ms"], decode["steps"]) or 0.0)
+    stall_ms = ratio(decode["stall_ms"], decode["steps"])
+    compute_ms = None if tpot_ms is None or stall_ms is None else tpot_ms - stall_ms
     transfer_ms = None
     if must_move_bytes is not None and bandwidth_gb_s:
         transfer_ms = must_move_bytes / bandwidth_gb_s / 1e6
     floor_ms = None if compute_ms is None or transfer_ms is None else max(compute_ms, transfer_ms)
     return {
         "must_move_bytes_per_step": must_move_bytes,
+        "bandwidth_gb_s": bandwidth_gb_s,
+        "bandwidth_from": None if bandwidth_gb_s is None else "link" if link.get("bandwidth_gb_s") else "measured",
         "transfer_ms_per_step": transfer_ms,
         "compute_ms_per_step": compute_ms,
         "floor_ms_per_step": floor_ms,

@@ -9,14 +9,15 @@ step:
     observe(layer, step, pages, mass)   the layer has attended to them; `mass()` gives each one's share of the attention
 
 `mass` is a function because on CUDA the shares are still on their way to the host: a predictor that reads them one step
-later does not wait. Pages that are on the device already may be named; they cost nothing.
+later does not wait. A predictor that never reads them says `needs_mass = False`, and is not told. Pages that are on the
+device already may be named; they cost nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 Guesses = list[tuple[int, float]]
 
@@ -32,6 +33,8 @@ class Predictor(Protocol):
 @dataclass(frozen=True)
 class NoPrediction:
     """Predict nothing: predictive mode then behaves as reactive mode, which is what the comparison needs."""
+
+    needs_mass: ClassVar[bool] = False
 
     def want(self, layer: int, step: int, pages: Sequence[int]) -> None:
         pass
@@ -51,6 +54,7 @@ class LastStep(NoPrediction):
     as LRU keeps just these pages, the natural guess may have little left to fetch.
     """
 
+    needs_mass: ClassVar[bool] = True
     _last: dict[int, tuple[Sequence[int], Callable[[], list[float]]]] = field(
         default_factory=dict, init=False, repr=False
     )

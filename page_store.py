@@ -19,6 +19,7 @@ function that reads it from events after the run.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import queue
 import threading
 import time
@@ -33,6 +34,9 @@ from links import Link
 
 HOST_ROWS_ADDED = 16  # host pages allocated at a time where the context outgrows what was reserved
 SPIN_SECONDS = 2e-4  # time.sleep overshoots by about this much, so the end of a wait is spun
+
+
+Moves = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class TransferFailed(RuntimeError):
@@ -54,8 +58,12 @@ class Transport(Protocol):
 
     link: Link
 
-    def copy(self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], to_device: bool) -> Ticket:
-        """Start copying source to destination for each `(destination, source)`; returns at once."""
+    def copy(self, moves: Moves, to_device: bool, after: Sequence[Ticket] = ()) -> Ticket:
+        """Start copying source to destination for each `(destination, source)`; returns at once.
+
+        Args:
+            after: earlier copies that this one reads from; it fails if one of them has.
+        """
         ...
 
     def busy_ms(self) -> float:
@@ -113,9 +121,9 @@ class ThreadTransport:
         worker.start()
         weakref.finalize(self, _stop, self._orders, worker)
 
-    def copy(self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], to_device: bool) -> Ticket:
+    def copy(self, moves: Moves, to_device: bool, after: Sequence[Ticket] = ()) -> Ticket:
         ticket = _ThreadTicket(threading.Event())
-        self._orders.put((ticket, moves, to_device, time.perf_counter()))
+        self._orders.put((ticket, moves, to_device, after, time.perf_counter()))
         return ticket
 
     def busy_ms(self) -> float:
@@ -145,8 +153,11 @@ def _stop(orders: queue.SimpleQueue, worker: threading.Thread) -> None:
 
 def _serve(orders: queue.SimpleQueue, transport_ref: weakref.ref) -> None:
     while (order := orders.get()) is not None:
-        ticket, moves, to_device, asked_at = order
+        ticket, moves, to_device, after, asked_at = order
         try:
+            for earlier in after:
+                if earlier.error is not None:
+                    raise earlier.error
             n_bytes = 0
             for destination, source in moves:
                 _copy_bytes(destination, source)
@@ -192,7 +203,8 @@ class StreamTransport:
         self._stream = torch.cuda.Stream(device)
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def copy(self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]], to_device: bool) -> Ticket:
+    def copy(self, moves: Moves, to_device: bool, after: Sequence[Ticket] = ()) -> Ticket:
+        # `after` needs no look: the stream keeps the order, and an error of CUDA ends everything after it.
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
@@ -243,7 +255,9 @@ class PageStore:
         self.host_is_pinned = device.type == "cuda"
         self._segments: list[torch.Tensor] = []
         self._segment_ends: list[int] = []  # row after the last of each segment
-        self._writing: dict[int, Ticket] = {}  # slot -> copy to the host that still reads it
+        self._to_host: dict[int, Ticket] = {}  # slot -> copy that still reads it
+        self._to_device: dict[int, Ticket] = {}  # slot -> copy that still writes it
+        self._sealing: dict[int, Ticket] = {}  # host row -> copy that writes it, until the row is read
 
     @property
     def page_bytes(self) -> int:
@@ -270,7 +284,8 @@ class PageStore:
 
     def seal(self, slot: int, row: int) -> None:
         """Start writing a full page to its host row."""
-        self._writing[slot] = self.transport.copy([(self.host_page(row), self.pool[slot])], to_device=False)
+        ticket = self.transport.copy([(self.host_page(row), self.pool[slot])], to_device=False)
+        self._to_host[slot] = self._sealing[row] = ticket
 
     def fetch(self, pages: Sequence[tuple[int, int]]) -> Ticket:
         """Start copying `(slot, row)` pages to the device as one transfer, neighbours in one copy."""
@@ -278,26 +293,45 @@ class PageStore:
         for slot, row, length in self._runs(pages):
             segment, place = self._place(row)
             moves.append((self.pool[slot : slot + length], self._segments[segment][place : place + length]))
-        return self.transport.copy(moves, to_device=True)
+        sealing = [self._sealing.pop(row) for _, row in pages if row in self._sealing]
+        ticket = self.transport.copy(moves, to_device=True, after=sealing)
+        self._to_device.update((slot, ticket) for slot, _ in pages)
+        return ticket
 
     def await_slot(self, slot: int) -> float | Callable[[], float]:
-        """Before computation writes into a slot: wait until no copy reads it any more. Returns the stall."""
-        ticket = self._writing.pop(slot, None)
-        return 0.0 if ticket is None else ticket.wait()
+        """Before computation writes into a slot: wait until no copy reads or writes it any more. Returns the stall.
+
+        A copy may still write into a free slot when the page it was made ahead for has been given up.
+        """
+        tickets = [copies.pop(slot) for copies in (self._to_host, self._to_device) if slot in copies]
+        stalls = [ticket.wait() for ticket in tickets]
+        if any(callable(stall) for stall in stalls):
+            return lambda: sum(stall() if callable(stall) else stall for stall in stalls)
+        return sum(stalls, 0.0)
 
     def drain(self) -> None:
         """Wait until every page on its way to the host is there."""
-        for slot in list(self._writing):
-            self.await_slot(slot)
+        for slot in list(self._to_host):
+            self._to_host.pop(slot).wait()
+
+    def settle(self) -> None:
+        """Wait until no copy is under way, in either direction; that one failed no longer matters."""
+        for copies in (self._to_host, self._to_device):
+            for ticket in copies.values():
+                with contextlib.suppress(TransferFailed):
+                    ticket.wait()
+            copies.clear()
+        self._sealing.clear()
 
     def _new_segment(self, n_rows: int) -> torch.Tensor:
         shape = (n_rows, *self.pool.shape[1:])
-        if self.host_is_pinned:
-            try:
-                return torch.empty(shape, dtype=self.pool.dtype, pin_memory=True)
-            except RuntimeError:  # the system refuses more pinned memory; results report host_is_pinned
-                self.host_is_pinned = False
-        return torch.empty(shape, dtype=self.pool.dtype)
+        with torch.inference_mode(False):  # as for the pool
+            if self.host_is_pinned:
+                try:
+                    return torch.empty(shape, dtype=self.pool.dtype, pin_memory=True)
+                except RuntimeError:  # the system refuses more pinned memory; results report host_is_pinned
+                    self.host_is_pinned = False
+            return torch.empty(shape, dtype=self.pool.dtype)
 
     def _place(self, row: int) -> tuple[int, int]:
         """The segment that holds a row, and the row's place in it."""

@@ -15,6 +15,7 @@ Eviction drops a slot and copies nothing: a page is written to the host once, wh
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 
 from page_policies import NothingToEvict, ReplacementPolicy
@@ -39,7 +40,8 @@ class PageTable:
         self.policy = policy
         self.resident: dict[int, int] = {}
         self.staged: dict[int, int] = {}
-        self.free_slots = list(range(first_slot + max_resident + staging - 1, first_slot - 1, -1))
+        # First freed, first used: the slot freed last is the one whose copy to the host is most likely still under way.
+        self.free_slots = deque(range(first_slot, first_slot + max_resident + staging))
 
     def slot(self, page: int) -> int | None:
         """The device slot of a resident or staged page, or None."""
@@ -61,13 +63,15 @@ class PageTable:
         """
         self._require_absent(page)
         evicted = None if self.free_slots else self.evict(pinned)
-        self.staged[page] = self.free_slots.pop()
+        self.staged[page] = self.free_slots.popleft()
         return self.staged[page], evicted
 
     def admit(self, page: int, pinned: Collection[int]) -> int | None:
         """Make a staged page resident; returns the page evicted to stay within the budget, if any."""
+        slot = self.staged[page]
         evicted = self.evict(pinned) if len(self.resident) >= self.max_resident else None
-        self.resident[page] = self.staged.pop(page)
+        del self.staged[page]
+        self.resident[page] = slot
         self.policy.insert(page)
         return evicted
 
@@ -76,7 +80,7 @@ class PageTable:
         self._require_absent(page)
         must_evict = len(self.resident) >= self.max_resident or not self.free_slots
         evicted = self.evict(pinned) if must_evict else None
-        self.resident[page] = self.free_slots.pop()
+        self.resident[page] = self.free_slots.popleft()
         self.policy.insert(page)
         return self.resident[page], evicted
 

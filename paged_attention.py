@@ -72,7 +72,11 @@ def _fused_kernel(query: torch.Tensor, value: torch.Tensor, allowed: torch.Tenso
         return _cpu_flash
     if query.device.type != "cuda" or allowed is not None or query.shape[-1] % 8 or query.shape[-1] > 256:
         return None
-    return _cuda_flash if query.dtype in (torch.bfloat16, torch.float16) else _cuda_efficient
+    if query.dtype is torch.float32:
+        return _cuda_efficient
+    if torch.cuda.get_device_capability(query.device) >= (8, 0):
+        return _cuda_flash
+    return _cuda_efficient if query.dtype is torch.float16 else None  # before Ampere: no flash kernel, no bfloat16
 
 
 def _cpu_flash(query, key, value, scale, causal, allowed):

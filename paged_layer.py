@@ -14,6 +14,7 @@ written into pages. So prefill is exact as well, whatever the selector, and its 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,7 @@ from paged_attention import (
     page_mass,
     ungroup_heads,
 )
-from paged_sequence import PagedSequence
+from paged_sequence import PagedSequence, Resolution
 from registry import POLICIES, SELECTORS
 
 MAX_PARTIAL_ELEMENTS = 2**23  # of one kernel call's output during prefill: 32 MiB in float32
@@ -101,6 +102,8 @@ class ServesLayers(Protocol):
     """What a layer needs of the cache it belongs to."""
 
     recorder: Recorder
+    phase: str
+    torn: bool
 
     def transport(self, device: torch.device) -> Transport: ...
 
@@ -119,9 +122,12 @@ class PagedLayer(CacheLayerMixin):
 
     def __init__(self, layer_idx: int, paging: Paging, cache: ServesLayers):
         super().__init__()
-        self.layer_idx, self.paging, self.cache = layer_idx, paging, cache
+        self.layer_idx, self.paging = layer_idx, paging
+        # A cache owns its layers. Were it owned by them too, a dropped cache would hold its pools until the next
+        # garbage collection, and the next run would be measured with them.
+        self.cache = weakref.proxy(cache)
         self.selector = SELECTORS.create(paging.selector)
-        self.n_tokens = 0
+        self.n_tokens = self.max_tokens = 0
         self.sequences: list[PagedSequence] = []
 
     @property
@@ -138,7 +144,7 @@ class PagedLayer(CacheLayerMixin):
                 " in shape (multi-head latent attention?); such a layout cannot be paged"
             )
         batch, n_kv_heads, _, head_dim = key_states.shape
-        self.allocate(batch, n_kv_heads, head_dim, key_states.dtype, key_states.device)
+        self.allocate(batch, n_kv_heads, head_dim, key_states.dtype, key_states.device, self.max_tokens)
 
     def allocate(
         self,
@@ -151,7 +157,7 @@ class PagedLayer(CacheLayerMixin):
     ) -> None:
         """Allocate the device pool, and host pages for `max_tokens` positions of each sequence."""
         paging = self.paging
-        self.batch_size, self.dtype, self.device = batch_size, dtype, device
+        self.batch_size, self.dtype, self.device, self.max_tokens = batch_size, dtype, device, max_tokens
         self.store = PageStore(
             batch_size * paging.slots,
             (n_kv_heads, paging.page_size, head_dim),
@@ -190,7 +196,7 @@ class PagedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget the context and keep the memory."""
         if self.is_initialized:
-            self.store.drain()
+            self.store.settle()
         for sequence in self.sequences:
             sequence.clear()
         self.n_tokens = 0
@@ -296,15 +302,34 @@ class PagedLayer(CacheLayerMixin):
             [B, H, T, D] in the query's dtype.
         """
         self._require_initialized(key, value)
+        try:
+            return self._attend(query, key, value, allowed, scale)
+        except BaseException:
+            self.cache.torn = True  # some pages may be staged and not attended, some positions written and others not
+            raise
+
+    def _attend(self, query, key, value, allowed, scale) -> torch.Tensor:
+        rows = range(self.batch_size)
         if query.shape[2] == 1:
             self.write(key, value)
-            rows = [self._attend_pages(index, query, allowed, scale) for index in range(self.batch_size)]
+            requests = self._request_pages(decoding=self.cache.phase == "decode")
+            parts = [self._attend_pages(row, requests[row], query, allowed, scale) for row in rows]
         else:
-            rows = [self._attend_chunk(index, query, key, value, allowed, scale) for index in range(self.batch_size)]
+            requests = self._request_pages(decoding=False)
+            parts = [self._attend_chunk(row, requests[row], query, key, value, allowed, scale) for row in rows]
             self.write(key, value)
-        return torch.cat([ungroup_heads(row.out, query.shape[1]) for row in rows]).to(query.dtype)
+        return torch.cat([ungroup_heads(part.out, query.shape[1]) for part in parts]).to(query.dtype)
 
-    def _attend_chunk(self, index, query, key, value, allowed, scale) -> Partial:
+    def _request_pages(self, decoding: bool) -> list[Resolution]:
+        """Ask for the pages of every sequence before any is attended, so that all their copies are under way."""
+        pages = self.selector.select(self.n_pages) if decoding else list(range(self.n_pages))
+        pinned = self.pinned_pages(self.n_pages)
+        return [
+            sequence.resolve(pages, pinned, partial(self.cache.look_ahead, self, sequence))
+            for sequence in self.sequences
+        ]
+
+    def _attend_chunk(self, index, request, query, key, value, allowed, scale) -> Partial:
         """A prompt chunk of one sequence: all earlier pages, then itself, causally."""
         past, length = self.n_tokens, query.shape[2]
         own_allowed = None
@@ -320,25 +345,22 @@ class PagedLayer(CacheLayerMixin):
         own = Partial(group_heads(own.out, n_kv_heads), own.lse.reshape(1, n_kv_heads, -1))
         if past == 0:
             return own
-        return merge([self._attend_pages(index, query, allowed, scale), own])
+        return merge([self._attend_pages(index, request, query, allowed, scale), own])
 
-    def _attend_pages(self, index, query, allowed, scale) -> Partial:
-        """Attend from one sequence's query to the pages it wants, wave by wave."""
-        decoding = query.shape[2] == 1
-        pages = self.selector.select(self.n_pages) if decoding else list(range(self.n_pages))
+    def _attend_pages(self, index, request, query, allowed, scale) -> Partial:
+        """Attend from one sequence's query to the pages it asked for, wave by wave."""
+        one_token = query.shape[2] == 1  # then the parts are small enough to be merged all at once
         grouped = group_heads(query[index : index + 1], self.store.pool.shape[2])
         row_allowed = None if allowed is None else allowed[index, 0]
         merged: list[Partial] = []
         seen: list[tuple[list[int], torch.Tensor]] = []
-        sequence = self.sequences[index]
-        look_ahead = partial(self.cache.look_ahead, self, sequence)
-        for wave in sequence.resolve(pages, self.pinned_pages(self.n_pages), look_ahead):
+        for wave in request:
             for part_pages, part in self._attend_wave(wave, grouped, row_allowed, scale):
                 seen.append((part_pages, part.lse))
-                merged = [*merged, part] if decoding else [merge([*merged, part])]
+                merged = [*merged, part] if one_token else [merge([*merged, part])]
         total = merge(merged)
-        if decoding:
-            self.cache.attended(self, sequence, DecodeAttention(seen, total.lse))
+        if self.cache.phase == "decode" and one_token:
+            self.cache.attended(self, self.sequences[index], DecodeAttention(seen, total.lse))
         return total
 
     def _attend_wave(self, wave, grouped, row_allowed, scale) -> Iterator[tuple[list[int], Partial]]:
@@ -364,14 +386,20 @@ class PagedLayer(CacheLayerMixin):
         work on the pages between is thrown away, which costs less than copying those that are wanted."""
         first, n_spanned = slots[0], slots[-1] - slots[0] + 1
         if allowed is not None or n_spanned > 2 * len(slots):
-            block = self.store.pool[torch.tensor(slots, device=self.device)]
+            block = self.store.pool[self._index(slots)]
             return attend_pages(grouped, block[:, 0], block[:, 1], scale=scale, allowed=allowed)
         block = self.store.pool[first : first + n_spanned]
         part = attend_pages(grouped, block[:, 0], block[:, 1], scale=scale)
         if n_spanned == len(slots):
             return part
-        wanted = torch.tensor([slot - first for slot in slots], device=self.device)
+        wanted = self._index([slot - first for slot in slots])
         return Partial(part.out[wanted], part.lse[wanted])
+
+    def _index(self, places: Sequence[int]) -> torch.Tensor:
+        """Places as an index on the device. From pinned memory, as a pageable copy would make the host wait."""
+        if self.device.type != "cuda":
+            return torch.tensor(places, device=self.device)
+        return torch.tensor(places, pin_memory=True).to(self.device, non_blocking=True)
 
     def _page_mask(self, row_allowed: torch.Tensor, pages: Sequence[int], n_rows: int) -> torch.Tensor:
         """The mask of full pages: [1 or T, positions] -> [n, 1, 1 or G*T, P]."""

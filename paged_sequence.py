@@ -53,7 +53,7 @@ class PagedSequence:
             slot, evicted = self.table.open(page, pinned)
             if evicted is not None:
                 self.count(evictions=1)
-            self.recorder.stalled(self.layer_idx, self.store.await_slot(slot))
+            self.recorder.waited(self.layer_idx, self.store.await_slot(slot))
         return slot
 
     def seal(self, page: int) -> None:
@@ -83,14 +83,8 @@ class PagedSequence:
         """Ask for pages; see `Resolution`."""
         return Resolution(self, wanted, pinned, look_ahead)
 
-    def settle_arrivals(self) -> None:
-        """Wait for every copy under way; the pages stay staged."""
-        for ticket in self.arriving.values():
-            ticket.wait()
-
     def clear(self) -> None:
-        """Forget every page, once no copy is under way."""
-        self.settle_arrivals()
+        """Forget every page."""
         self.arriving.clear()
         self.table.clear()
 
@@ -118,7 +112,7 @@ class Resolution:
         self.pinned = pinned | set(wanted)
         self.ready: list[int] = []
         self.missing: deque[int] = deque()
-        self.under_way: deque[tuple[Ticket, list[int]]] = deque()
+        self.under_way: deque[tuple[Ticket, list[int], int]] = deque()  # copy, its pages, how many were prefetched
         self._drop_unwanted()
         self._find()
         self._fetch_missing()
@@ -141,7 +135,8 @@ class Resolution:
             self.sequence.count(prefetch_wasted=1)
 
     def _find(self) -> None:
-        """Sort the wanted pages into hits, late ones and misses."""
+        """Sort the wanted pages into hits, misses and those still on their way, which are counted as they are waited
+        for: on CUDA only the device knows whether it had to wait."""
         late: dict[int, tuple[Ticket, list[int]]] = {}
         on_time = 0
         for page in self.wanted:
@@ -156,14 +151,11 @@ class Resolution:
                 on_time += 1
             else:
                 late.setdefault(id(ticket), (ticket, []))[1].append(page)
-        self.under_way.extend(late.values())
-        n_late = sum(len(pages) for _, pages in late.values())
+        self.under_way.extend((ticket, pages, len(pages)) for ticket, pages in late.values())
         self.sequence.count(
             hits=len(self.ready),
-            late=n_late,
             misses=len(self.missing),
             prefetch_on_time=on_time,
-            prefetch_late=n_late,
             must_move=max(0, len(self.wanted) - self.table.max_resident),
         )
 
@@ -179,19 +171,18 @@ class Resolution:
             pages.append(page)
             moves.append((slot, self.sequence.host_row(page)))
         if pages:
-            self.under_way.append((self.sequence.store.fetch(moves), pages))
+            self.under_way.append((self.sequence.store.fetch(moves), pages, 0))
             self.sequence.count(h2d_pages=len(pages), evictions=evictions)
         if not self.missing:
             self.look_ahead(self.wanted)
 
     def _next_arrivals(self) -> list[int]:
         """Wait for the oldest copy, and take along those that have arrived with it."""
-        ticket, pages = self.under_way.popleft()
-        self.sequence.recorder.stalled(self.sequence.layer_idx, ticket.wait())
-        while self.under_way and self.under_way[0][0].done():
-            ticket, more = self.under_way.popleft()
-            ticket.wait()
-            pages = pages + more
+        pages: list[int] = []
+        while not pages or (self.under_way and self.under_way[0][0].done()):
+            ticket, arrived, n_prefetched = self.under_way.popleft()
+            self.sequence.recorder.waited(self.sequence.layer_idx, ticket.wait(), n_prefetched)
+            pages += arrived
         return pages
 
     def _release(self, pages: Sequence[int]) -> None:

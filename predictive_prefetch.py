@@ -78,8 +78,9 @@ class PrefetchingKVCache(PagedKVCache):
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
         """Tell the predictor what attention looked at, and count the step after the last layer's last sequence."""
-        mass = to_host_later(attention.mass())
-        self._predictor(sequence).observe(layer.layer_idx, self._step, attention.pages, mass)
+        predictor = self._predictor(sequence)
+        if getattr(predictor, "needs_mass", True):
+            predictor.observe(layer.layer_idx, self._step, attention.pages, to_host_later(attention.mass()))
         if layer is self.paged_layers[-1] and sequence.row == layer.batch_size - 1:
             self._step += 1
 

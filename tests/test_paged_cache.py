@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -273,6 +275,65 @@ def test_a_failing_copy_ends_the_generation_with_its_cause(llama, monkeypatch):
     monkeypatch.setattr(page_store, "_copy_bytes", fail)
     with pytest.raises(TransferFailed, match="the bus is on fire"):
         paged_tokens(llama, make_prompt(100))
+
+
+def test_a_failed_generation_is_refused_until_reset_and_works_after(llama, monkeypatch):
+    import paged_layer
+
+    prompt, cache = make_prompt(100), PagedKVCache(llama.config, **SMALL)
+    original, calls = paged_layer.attend_pages, []
+
+    def fail_late(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 40:
+            raise MemoryError("on purpose")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(paged_layer, "attend_pages", fail_late)
+    with cache.attached(llama):
+        with pytest.raises(MemoryError, match="on purpose"):
+            continue_prompt(llama, prompt, past_key_values=cache)
+        for use in (lambda: cache.crop(-1), lambda: continue_prompt(llama, make_prompt(200), past_key_values=cache)):
+            with pytest.raises(RuntimeError, match=r"call reset\(\) first"):
+                use()
+        cache.reset()
+        tokens = continue_prompt(llama, prompt, past_key_values=cache)
+    assert torch.equal(tokens, continue_prompt(llama, prompt))
+
+
+def test_a_cache_can_be_reset_after_a_failed_copy(llama, monkeypatch):
+    import page_store
+
+    prompt, cache = make_prompt(100), PagedKVCache(llama.config, **SMALL)
+    with cache.attached(llama):
+        with monkeypatch.context() as broken:
+            broken.setattr(page_store, "_copy_bytes", lambda destination, source: 1 / 0)
+            with pytest.raises(TransferFailed):
+                continue_prompt(llama, prompt, past_key_values=cache)
+        cache.reset()
+        tokens = continue_prompt(llama, prompt, past_key_values=cache)
+    assert torch.equal(tokens, continue_prompt(llama, prompt))
+
+
+def test_a_dropped_cache_is_gone_at_once(llama):
+    """Without waiting for the garbage collector: else the next run would be measured with its memory."""
+    _, cache = paged_tokens(llama, make_prompt(60))
+    gone = weakref.ref(cache), weakref.ref(cache.paged_layers[0].store)
+    gc.disable()
+    try:
+        del cache
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_prompt_chunk_of_one_token_is_prefill_where_the_prompt_is_known(llama):
+    """65 tokens in chunks of 32 are three prefill steps; 8 new tokens are seven decode steps."""
+    cache = PagedKVCache(llama.config, **SMALL)
+    cache.prompt_tokens = 65
+    with cache.attached(llama):
+        continue_prompt(llama, make_prompt(65), 8, past_key_values=cache, prefill_chunk_size=32)
+    assert [cache.recorder.snapshot(phase)["steps"] for phase in ("prefill", "decode")] == [3, 7]
 
 
 def test_half_precision_agrees_with_transformers_within_its_rounding(llama):
