@@ -35,6 +35,7 @@ from model_routes import (
     walk,
 )
 from model_shapes import ModelShape, RouteClosed, runtime_dtype, shape_from_config
+from utils import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -345,7 +346,7 @@ def opened(load: Callable[[], Any]) -> Any:
     except (torch.cuda.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a checkpoint can be wrong in every way there is, in six libraries
-        if "can't allocate memory" in str(error):  # torch's RuntimeError for a full main memory
+        if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
         raise RouteClosed(f"{type(error).__name__}: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,9 +15,10 @@ def print_plan(planned: Sequence[PlannedRun], console: Console) -> None:
     """Print one row for each run, then the notes. A dash is what is not known before the run."""
     for model, per_token in dict.fromkeys((run.spec.model_name, run.kv_bytes_per_token) for run in planned):
         console.print(f"{model}: {_text(per_token, ',.0f')} KV bytes per token of one sequence")
-    table = Table(title=f"{len(planned)} runs", title_justify="left")
-    for heading in ("run", "strategy", "context"):
-        table.add_column(heading, overflow="fold")
+    table = Table(title=f"{len(planned)} runs", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    table.add_column("strategy", overflow="fold")
+    table.add_column("context", no_wrap=True)
     for heading in ("rep", "KV\nMiB", "on device\nMiB", "resident\n%", "transfer floor\nms/token"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in planned:

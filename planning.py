@@ -10,7 +10,7 @@ step takes at least their bytes over the link's bandwidth. (The other floor, com
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from links import choose_link
 from model_shapes import ModelShape, runtime_dtype
@@ -54,7 +54,10 @@ def plan(specs: Iterable[RunSpec], allow_network: bool = True) -> list[PlannedRu
         if key not in shapes:
             shapes[key] = _shape_or_reason(spec, allow_network)
         run = _plan_one(spec, shapes[key])
-        planned.setdefault(run.spec.run_id, run)
+        same = replace(run.spec, requested_context_length=run.spec.context_length).run_id
+        if same in planned:  # what was said about either run holds for the one that is left
+            run = replace(planned[same], notes=tuple(dict.fromkeys((*planned[same].notes, *run.notes))))
+        planned[same] = run
     return list(planned.values())
 
 
@@ -125,9 +128,9 @@ def _uses_cuda(device: str) -> bool:
         import pynvml
 
         pynvml.nvmlInit()
+        try:
+            return pynvml.nvmlDeviceGetCount() > 0
+        finally:
+            pynvml.nvmlShutdown()
     except Exception:  # no driver, no library: NVML's error classes exist only once it is imported
         return False
-    try:
-        return pynvml.nvmlDeviceGetCount() > 0
-    finally:
-        pynvml.nvmlShutdown()

@@ -13,9 +13,12 @@ import dataclasses
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+IMPORT_PATH = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 class UnknownName(ValueError):
@@ -44,7 +47,7 @@ class Registry:
 
     def check(self, name: str) -> None:
         """Raise `UnknownName` unless `name` is registered or an import path. Imports nothing."""
-        if name not in self.table and ":" not in name:
+        if name not in self.table and not IMPORT_PATH.fullmatch(name):
             known = ", ".join(sorted(self.table))
             raise UnknownName(
                 f"unknown {self.kind} {name!r}{nearest(name, self.table)} (known: {known}; or 'module:Class')"
@@ -60,13 +63,15 @@ class Registry:
         path = self.table.get(name, name)
         module_name, _, attribute = path.partition(":")
         if name not in self.table and os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
+            sys.path.append(os.getcwd())
         try:
-            return getattr(importlib.import_module(module_name), attribute)
+            module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            if error.name != module_name:
+            if not f"{module_name}.".startswith(f"{error.name}."):  # something that the module itself imports
                 raise
             raise UnknownName(f"{self.kind} {name!r}: there is no module {module_name!r} to import") from None
+        try:
+            return getattr(module, attribute)
         except AttributeError:
             raise UnknownName(f"{self.kind} {name!r}: module {module_name!r} has no {attribute!r}") from None
 

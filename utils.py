@@ -53,10 +53,20 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU, or on a CPU, where torch raises a plain RuntimeError."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def environment() -> dict[str, Any]:
     """The machine, the versions and the command behind a result. What cannot be found out is None."""
     return {
         **_machine(),
+        "gpus": _gpus(),
+        "cuda": _cuda_version(),
         "packages": {name: _version(name) for name in REPORTED_PACKAGES},
         "torch_threads": _torch_threads(),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -72,9 +82,7 @@ def _machine() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": _git_dirty(),
-        "gpus": _gpus(),
         "gpu_driver": _gpu_driver(),
-        "cuda": _cuda_version(),
     }
 
 
@@ -115,9 +123,11 @@ def _torch_threads() -> int | None:
     return torch.get_num_threads() if torch else None
 
 
-def _gpus() -> list[str]:
+def _gpus() -> list[str] | None:
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None:
+        return None
+    if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
@@ -133,10 +143,10 @@ def _gpu_driver() -> str | None:
         import pynvml
 
         pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
     except Exception as error:  # NVML raises its own error classes, and the import fails in more than one way
         logging.getLogger(__name__).debug("no NVML: %s", error)
         return None
-    try:
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
