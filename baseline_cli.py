@@ -14,9 +14,11 @@ from dataclasses import replace
 from rich.console import Console
 
 from component_cli import (
+    check_writable,
     component_parser,
     configure_logging,
     experiment_of,
+    fitted_spec,
     guarded,
     load_for,
     padded_prompts,
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Namespace) -> int:
+    check_writable(arguments.output)
     stop_at_eos = True if arguments.prompts else None
     specs = [s for s in expand([experiment_of(arguments, "baseline", stop_at_eos=stop_at_eos)]) if s.repetition == 0]
     model = load_for(specs[0])
@@ -53,8 +56,8 @@ def _main(arguments: Namespace) -> int:
     if arguments.prompts:
         results = [_continue(specs[0], model, arguments.prompts)]
     else:
-        results = [run(fit_positions(spec, model.shape)[0], model) for spec in specs]
-    console = Console(highlight=False)
+        results = [run(fitted_spec(spec, model), model) for spec in specs]
+    console = Console(highlight=False, markup=False)
     for result in results:
         show_result(result, console)
     if arguments.output is not None:

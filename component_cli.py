@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,6 +30,8 @@ from planning import fit_positions
 from run_specs import RunSpec, expand
 from utils import write_json
 from workloads import TokenRows, encode_prompts, prompt_tokens
+
+log = logging.getLogger(__name__)
 
 DEMONSTRATION = {"context_lengths": [1000], "max_new_tokens": 50, "page_size": 128, "max_gpu_pages": 4}
 FLAG_KEYS = {
@@ -76,7 +79,7 @@ def experiment_of(arguments: argparse.Namespace, mode: str, **more: Any) -> Expe
 
 def load_for(spec: RunSpec) -> LoadedModel:
     """The model of a run."""
-    return load_model(
+    model = load_model(
         spec.model_name,
         dtype=spec.dtype,
         device=spec.device,
@@ -84,6 +87,31 @@ def load_for(spec: RunSpec) -> LoadedModel:
         quantization=spec.quantization,
         trust_remote_code=spec.trust_remote_code,
     )
+    log.info("%s: %s, %s on %s", spec.model_name, model.source, model.dtype_name, model.device)
+    return model
+
+
+def fitted_spec(spec: RunSpec, model: LoadedModel) -> RunSpec:
+    """The run clamped to the model's positions; a clamp is said on stderr."""
+    spec, notes = fit_positions(spec, model.shape)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return spec
+
+
+def check_writable(output: Path | None) -> None:
+    """Find out before the run, rather than after it, that its results have no place to go.
+
+    Raises:
+        ValueError: `output` is a folder, or lies under something that is none.
+    """
+    if output is None:
+        return
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file")
+    existing = next(folder for folder in output.absolute().parents if folder.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"--output {output}: cannot write to {existing}")
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -113,15 +141,14 @@ def demonstrate(mode: str, run: Callable[..., RunResult], argv: Sequence[str] | 
 
 
 def _demonstrate(mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
+    check_writable(arguments.output)
     own_flags = ("max_gpu_pages", "page_size", "policy", "predictor", "prefetch_k")
     experiment = experiment_of(arguments, mode, **{flag: getattr(arguments, flag, None) for flag in own_flags})
-    console, results = Console(highlight=False), []
+    console, results = Console(highlight=False, markup=False), []
     specs = [spec for spec in expand([experiment]) if spec.repetition == 0]
     model = load_for(specs[0])
     for spec in specs:
-        spec, notes = fit_positions(spec, model.shape)
-        for note in notes:
-            print(note, file=sys.stderr)
+        spec = fitted_spec(spec, model)
         prompt = prompt_tokens(model.tokenizer, model.shape.vocab_size, spec.context_length, spec.batch_size, spec.seed)
         reference = _reference_tokens(spec, model, prompt)
         result = run(spec, model, reference=reference, prompt=prompt)

@@ -16,21 +16,22 @@ The caches of the baseline are transformers' own: `dynamic` grows by concatenati
 from __future__ import annotations
 
 import datetime
+import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 
 from device_meters import MemoryMeter, PowerMeter, TokenClock
 from metrics import RunResult, Timing, fidelity
 from models import LoadedModel
 from run_specs import RunSpec
-from utils import environment, set_seed
+from utils import environment, is_out_of_memory, set_seed
 from workloads import TokenRows, prompt_tokens, token_sha256
 
 WARMUP_TOKENS = 4  # enough to run prefill and decode once; more would only repeat decode
@@ -39,8 +40,8 @@ WARMUP_TOKENS = 4  # enough to run prefill and decode once; more would only repe
 class MeasuredCache(Protocol):
     """A KV cache as the measured loop needs it."""
 
-    def start(self, batch_size: int, max_tokens: int) -> Cache:
-        """An empty cache for at most `max_tokens` positions, its memory allocated where that is fixed."""
+    def start(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> Cache:
+        """An empty cache for a prompt and its continuation, its memory allocated where that is fixed."""
         ...
 
     def attached(self, model: Any) -> AbstractContextManager:
@@ -81,10 +82,10 @@ class HFCache:
         if implementation == "offloaded" and model.device.type != "cuda":
             raise ValueError("cache_implementation: offloaded copies between GPU and host, so it needs a CUDA device")
 
-    def start(self, batch_size: int, max_tokens: int) -> Cache:
+    def start(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> Cache:
         config = self.model.model.config
         if self.implementation == "static":
-            self.cache: Cache = StaticCache(config=config, max_cache_len=max_tokens)
+            self.cache: Cache = StaticCache(config=config, max_cache_len=prompt_tokens + new_tokens)
         elif self.implementation == "quantized":
             self.cache = QuantizedCache(backend="fp8", config=config)
         else:
@@ -198,10 +199,12 @@ def generate(
     clock = TokenClock(model.device, on_token)
     devices = sorted({parameter.device for parameter in model.model.parameters()}, key=str)
     memory, power = MemoryMeter(devices), PowerMeter(devices)
+    settings = _sampling(spec, model)
     set_seed(spec.seed)
+    gc.collect()  # so that nothing of an earlier run is measured, or freed during this one
     memory.start()
-    past_key_values = cache.start(len(prompt), input_ids.shape[1] + new_tokens)
-    with cache.attached(model.model), torch.inference_mode(), power:
+    past_key_values = cache.start(len(prompt), input_ids.shape[1], new_tokens)
+    with _own_settings_aside(model.model), cache.attached(model.model), torch.inference_mode(), power:
         clock.start()
         output = model.model.generate(
             input_ids,
@@ -210,7 +213,8 @@ def generate(
             stopping_criteria=[clock],
             max_new_tokens=new_tokens,
             prefill_chunk_size=spec.prefill_chunk_size,
-            **_sampling(spec, model),
+            disable_compile=True,  # transformers would compile for a static cache alone, and within the run
+            **settings,
         )
         times = clock.token_times_ms()
     return Generation(
@@ -221,8 +225,21 @@ def generate(
     )
 
 
+@contextmanager
+def _own_settings_aside(model: Any) -> Iterator[None]:
+    """Put the model's own generation config aside: what it suppresses, forces or caches is not part of a run.
+
+    `generate` takes from it whatever is not given, and refuses a cache beside one that it names.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _sampling(spec: RunSpec, model: LoadedModel) -> dict[str, Any]:
-    """Generation parameters, all of them explicit, so that a model's own generation config changes nothing."""
+    """Generation parameters of a run; of the model's own only the end and padding tokens."""
     config = model.model.generation_config
     options: dict[str, Any] = {"do_sample": spec.do_sample, "repetition_penalty": 1.0}
     if spec.do_sample:
@@ -242,7 +259,7 @@ def model_block(model: LoadedModel) -> dict[str, Any]:
     return {
         "source": model.source,
         "random_weights": model.random_weights,
-        "n_parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+        "n_parameters": model.model.num_parameters(),  # 4-bit weights are packed in twos; this counts them all
         "weight_bytes": model.model.get_memory_footprint(),
         "dtype": model.dtype_name,
         "device": str(model.device),
@@ -285,7 +302,7 @@ def _kv_memory(cache: MeasuredCache, model: LoadedModel, n_prompt: int, generati
 
 def failed_run(spec: RunSpec, error: BaseException) -> RunResult:
     """The result of a run that raised: a row with a status and a reason."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    if is_out_of_memory(error):
         status = "out_of_memory"
     elif isinstance(error, KeyboardInterrupt):
         status = "interrupted"

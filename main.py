@@ -31,6 +31,14 @@ DEFAULT_OUTPUT = Path("logs")
 OK, FAILED, WRONG_CONFIG, INTERRUPTED = 0, 1, 2, 130
 
 
+def seed(text: str) -> int:
+    """A seed as the config takes it."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"must be between 0 and {2**32 - 1}, found {text}")
+    return number
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="F", help="experiment list (YAML)")
@@ -38,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-plots", action="store_true", help="write no plots")
     parser.add_argument("--plan", action="store_true", help="print the runs, their sizes and floors; run nothing")
     parser.add_argument("--list", action="store_true", help="print modes, policies, selectors, predictors")
-    parser.add_argument("--seed", type=int, metavar="N", help="replaces the seed of every experiment")
+    parser.add_argument("--seed", type=seed, metavar="N", help="replaces the seed of every experiment")
     parser.add_argument(
         "--create-config",
         type=Path,
@@ -56,7 +64,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    arguments = parse_arguments(argv)
+    try:
+        return command(parse_arguments(argv))
+    except KeyboardInterrupt:  # outside of the sweep, which keeps what is finished: nothing was being measured
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Do what the flags say; returns the exit code."""
     if arguments.create_config is not None:
         return create_config(arguments.create_config, arguments.force)
     if arguments.list:
@@ -85,7 +101,11 @@ def create_config(path: Path, force: bool) -> int:
     if path.exists() and not force:
         print(f"{path} exists; --force overwrites it, or name another file", file=sys.stderr)
         return WRONG_CONFIG
-    atomic_write_text(path, commented_yaml())
+    try:
+        atomic_write_text(path, commented_yaml())
+    except OSError as error:
+        print(f"cannot write {path}: {error.strerror}", file=sys.stderr)
+        return WRONG_CONFIG
     print(f"wrote {path}; try: python main.py --config {path} --plan")
     return OK
 
@@ -120,7 +140,11 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
     """Make the runs, then summarise whatever there is."""
     from progress import watch
 
-    log_to(arguments.output, arguments.verbose)
+    try:
+        log_to(arguments.output, arguments.verbose)
+    except OSError as error:
+        print(f"--output {arguments.output}: {error.strerror}", file=sys.stderr)
+        return WRONG_CONFIG
     for note in dict.fromkeys(f"{p.spec.model_name}: {note}" for p in planned for note in p.notes):
         logging.getLogger(__name__).warning(note)
     started = time.perf_counter()
@@ -146,7 +170,7 @@ def summarise(results: list[dict[str, Any]], seconds: float, arguments: argparse
         from plots import save_plots
 
         save_plots(frame, arguments.output)
-    _stdout().print(f"results: {arguments.output}, summary: {arguments.output / 'experiment_summary.json'}")
+    print(f"results: {arguments.output}, summary: {arguments.output / 'experiment_summary.json'}")
 
 
 def log_to(folder: Path, verbose: bool) -> None:
@@ -165,7 +189,7 @@ def log_to(folder: Path, verbose: bool) -> None:
 def _stdout() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)  # names are the user's; [brackets] in them are no markup
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from inference_baseline import WARMUP_TOKENS, HFCache, generate
 from models import LoadedModel
 from run_specs import RunSpec
+from utils import is_out_of_memory
 from workloads import prompt_tokens
 
 FIRST_ATTEMPT = 128
@@ -92,9 +93,13 @@ def find_max_context(
 def _attempt(spec: RunSpec, model: LoadedModel, length: int, budget_mb: float | None) -> Attempt:
     prompt = prompt_tokens(model.tokenizer, model.shape.vocab_size, length, spec.batch_size, spec.seed)
     cache = HFCache(spec.cache_implementation or "dynamic", model)
+    generation = None
     try:
         generation = generate(replace(spec, context_length=length), model, cache, prompt, WARMUP_TOKENS)
-    except (torch.cuda.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if generation is None:  # only here has the error let go of the tensors that did not fit
         _free()
         return Attempt(length, False, None)
     used_mb = generation.memory["gpu_peak_mb"]

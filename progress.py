@@ -96,7 +96,7 @@ def watch(n_runs: int, quiet: bool) -> Iterator[Silent]:
         yield Lines(n_runs)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

