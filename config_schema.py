@@ -231,7 +231,10 @@ class PredictiveExperiment(ReactiveExperiment):
 
     mode: Literal["predictive"]
     predictor: Predictor = Field("layer_ahead", description="What guesses the next pages.")
-    prefetch_k: Count = Field(4, description="Pages copied ahead at most, per layer and step.")
+    prefetch_k: Count = Field(
+        4,
+        description="Pages copied ahead at most, per layer and step; below staging_pages, to leave a slot for fetches.",
+    )
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()

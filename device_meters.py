@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import psutil
@@ -31,7 +32,7 @@ class TokenClock(StoppingCriteria):
     """Records when each token of a generation was there.
 
     Args:
-        device: where the last layer computes; decides which clock is used.
+        device: where input ids go, and logits come back to; decides which clock is used.
         on_token: called after each token with the number of tokens so far, for progress.
     """
 
@@ -111,40 +112,51 @@ class MemoryMeter:
 
 
 class PowerMeter:
-    """Power, energy and utilisation of the GPUs during a `with` block, through NVML; None where it does not answer."""
+    """Power, energy and utilisation of the GPUs during a `with` block, through NVML; None where it does not answer.
+
+    Energy is the difference of the boards' own counters. Boards without one (before Volta) have their power sampled and
+    integrated instead; on newer boards that reading is an average over a second, too slow for a short run.
+    """
 
     def __init__(self, devices: Sequence[torch.device]):
         self._indices = [device.index or 0 for device in devices if device.type == "cuda"]
         self._samples: list[tuple[float, float, float]] = []  # seconds, watts, percent
+        self._counters: list[tuple[float, float]] = []  # seconds, joules: at the start and at the end
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PowerMeter:
         self._handles = self._open()
         if self._handles:
+            self._read_counters()
             self._thread = threading.Thread(target=self._sample_until_stopped, name="power-meter", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._read_counters()
 
     def figures(self) -> dict[str, float | str | None]:
-        """Mean power (W), energy over the block (J, power integrated over time) and mean utilisation (%)."""
-        if len(self._samples) < 2:
-            return {"mean_power_w": None, "energy_j": None, "mean_utilization_percent": None, "source": None}
-        seconds = self._samples[-1][0] - self._samples[0][0]
-        energy = sum(
-            (later[0] - earlier[0]) * (later[1] + earlier[1]) / 2
-            for earlier, later in zip(self._samples, self._samples[1:], strict=False)
-        )
+        """Mean power (W), energy over the block (J), mean utilisation (%), and what the energy was read from."""
+        busy = [percent for _, _, percent in self._samples]
+        utilization = sum(busy) / len(busy) if busy else None
+        if len(self._counters) == 2:
+            (start, joules_before), (end, joules_after) = self._counters
+            energy_j, seconds, source = joules_after - joules_before, end - start, "nvml energy counter"
+        elif len(self._samples) > 1:
+            seconds = self._samples[-1][0] - self._samples[0][0]
+            energy_j, source = _integrated(self._samples), "nvml power samples"
+        else:
+            return {"mean_power_w": None, "energy_j": None, "mean_utilization_percent": utilization, "source": None}
         return {
-            "mean_power_w": energy / seconds,
-            "energy_j": energy,
-            "mean_utilization_percent": sum(sample[2] for sample in self._samples) / len(self._samples),
-            "source": "nvml",
+            "mean_power_w": energy_j / seconds,
+            "energy_j": energy_j,
+            "mean_utilization_percent": utilization,
+            "source": source,
         }
 
     def _open(self) -> list[Any]:
@@ -161,6 +173,16 @@ class PowerMeter:
             log.warning("no power figures: NVML does not answer (%s)", error)
             return []
 
+    def _read_counters(self) -> None:
+        """Note what the boards have used since the driver was loaded, unless one of them does not count."""
+        import pynvml
+
+        try:
+            millijoules = sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles)
+        except pynvml.NVMLError:
+            return
+        self._counters.append((time.perf_counter(), millijoules / 1000.0))
+
     def _sample_until_stopped(self) -> None:
         import pynvml
 
@@ -169,8 +191,13 @@ class PowerMeter:
                 watts = sum(pynvml.nvmlDeviceGetPowerUsage(handle) for handle in self._handles) / 1000.0
                 busy = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in self._handles]
             except pynvml.NVMLError as error:
-                log.warning("power figures end here: %s", error)
+                log.warning("power samples end here: %s", error)
                 return
             self._samples.append((time.perf_counter(), watts, sum(busy) / len(busy)))
             if self._stop.wait(POWER_SAMPLE_SECONDS):
                 return
+
+
+def _integrated(samples: Sequence[tuple[float, float, float]]) -> float:
+    """Joules under the power samples, by the trapezoid rule."""
+    return sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0, _), (t1, p1, _) in pairwise(samples))

@@ -76,7 +76,7 @@ def outcome(result: RunResult) -> str:
     spec = result.spec
     what = f"{spec['name']}, {spec['context_length']} tokens, run {spec['repetition'] + 1}"
     if not result.ok:
-        return f"{what}: {result.status}: {(result.error or '').splitlines()[0]}"
+        return f"{what}: {result.status}: {(result.error or '').splitlines()[0].removesuffix(' Tried:')}"
     figures = [f"{result.timing['tpot_ms']:.1f} ms/token"] if result.timing["tpot_ms"] is not None else []
     if result.cache and result.cache["hit_rate"] is not None:
         figures.append(f"hit rate {100 * result.cache['hit_rate']:.0f} %")

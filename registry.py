@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -46,12 +47,28 @@ class Registry:
         return iter(self.table)
 
     def check(self, name: str) -> None:
-        """Raise `UnknownName` unless `name` is registered or an import path. Imports nothing."""
+        """Raise `UnknownName` unless `name` is registered, or the import path of a module that is there."""
         if name not in self.table and not IMPORT_PATH.fullmatch(name):
             known = ", ".join(sorted(self.table))
             raise UnknownName(
                 f"unknown {self.kind} {name!r}{nearest(name, self.table)} (known: {known}; or 'module:Class')"
             )
+        if name not in self.table:
+            self._find_module(name)
+
+    def _find_module(self, name: str) -> None:
+        """Raise UnknownName where an import path leads to no module. Imports at most the packages it lies in."""
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        module_name = name.partition(":")[0]
+        try:
+            found = importlib.util.find_spec(module_name)
+        except ModuleNotFoundError as error:
+            if not f"{module_name}.".startswith(f"{error.name}."):  # something that the package itself imports
+                raise
+            found = None
+        if found is None:
+            raise UnknownName(f"{self.kind} {name!r}: there is no module {module_name!r} to import")
 
     def load(self, name: str) -> Any:
         """The class or function behind `name`.
@@ -62,14 +79,7 @@ class Registry:
         self.check(name)
         path = self.table.get(name, name)
         module_name, _, attribute = path.partition(":")
-        if name not in self.table and os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if not f"{module_name}.".startswith(f"{error.name}."):  # something that the module itself imports
-                raise
-            raise UnknownName(f"{self.kind} {name!r}: there is no module {module_name!r} to import") from None
+        module = importlib.import_module(module_name)
         try:
             return getattr(module, attribute)
         except AttributeError:

@@ -53,12 +53,24 @@ class Sweep:
 
     def run(self) -> None:
         """Make every run; `interrupted` tells whether Ctrl-C cut it short."""
+        self._say_what_else_is_there()
         try:
             for _, group in groupby(self.planned, key=lambda planned: planned.spec.model_key):
                 self._run_group([planned.spec for planned in group])
         except KeyboardInterrupt:
             self.interrupted = True
             log.warning("interrupted after %d of %d runs", len(self.results), len(self.planned))
+
+    def _say_what_else_is_there(self) -> None:
+        own = {f"{planned.spec.slug}.json" for planned in self.planned}
+        others = [path for path in self.output.glob("*_ctx*_run*_*.json") if path.name not in own]
+        if others:
+            log.warning(
+                "%s holds %d results of other runs; this summary leaves them out, but what reads the folder will see"
+                " them",
+                self.output,
+                len(others),
+            )
 
     def _run_group(self, specs: Sequence[RunSpec]) -> None:
         """All runs of one model, which is loaded once and freed after."""

@@ -140,6 +140,9 @@ class FakeNvml(types.ModuleType):
         self.asked_for.append(uuid)
         return len(self.asked_for) - 1
 
+    def nvmlDeviceGetTotalEnergyConsumption(self, board):
+        raise self.NVMLError("this board does not count")
+
     def nvmlDeviceGetPowerUsage(self, board):
         self.turn += board == 0
         if self.turn == len(self.samples):
@@ -170,20 +173,51 @@ def test_energy_is_power_integrated_over_uneven_time(monkeypatch):
     """10 to 20 W in 1 s is 15 J, 20 to 40 W in 2 s is 60 J: 75 J in 3 s are 25 W."""
     samples = [(100.0, [10], [30]), (101.0, [20], [60]), (103.0, [40], [90])]
     figures, _ = measured_power(monkeypatch, samples)
-    assert figures == {"mean_power_w": 25.0, "energy_j": 75.0, "mean_utilization_percent": 60.0, "source": "nvml"}
+    assert figures == {
+        "mean_power_w": 25.0,
+        "energy_j": 75.0,
+        "mean_utilization_percent": 60.0,
+        "source": "nvml power samples",
+    }
 
 
 def test_the_power_of_several_gpus_is_added_and_their_utilisation_averaged(monkeypatch):
     """30 W and 70 W for 2 s are 200 J; 20 % and 80 % are 50 %."""
     samples = [(0.0, [30, 70], [20, 80]), (2.0, [30, 70], [20, 80])]
     figures, nvml = measured_power(monkeypatch, samples, [GPU, torch.device("cuda", 3)])
-    assert figures == {"mean_power_w": 100.0, "energy_j": 200.0, "mean_utilization_percent": 50.0, "source": "nvml"}
+    assert figures == {
+        "mean_power_w": 100.0,
+        "energy_j": 200.0,
+        "mean_utilization_percent": 50.0,
+        "source": "nvml power samples",
+    }
     assert nvml.asked_for == [b"GPU-uuid-of-0", b"GPU-uuid-of-3"]
 
 
-@pytest.mark.parametrize("samples", [[], [(0.0, [50], [10])]], ids=["no_sample", "one_sample"])
-def test_fewer_than_two_samples_make_no_energy(monkeypatch, samples):
-    assert measured_power(monkeypatch, samples)[0] == NO_POWER
+@pytest.mark.parametrize(
+    ("samples", "percent"), [([], None), ([(0.0, [50], [10])], 10.0)], ids=["no_sample", "one_sample"]
+)
+def test_fewer_than_two_samples_make_no_energy(monkeypatch, samples, percent):
+    assert measured_power(monkeypatch, samples)[0] == NO_POWER | {"mean_utilization_percent": percent}
+
+
+def test_a_board_that_counts_its_energy_is_believed(monkeypatch):
+    """The counter goes from 1,000 to 4,000 mJ in 2 s: 3 J, 1.5 W. Samples do not matter."""
+    readings, seconds = iter([1000, 4000]), iter([10.0, 11.0, 12.0])
+    nvml = FakeNvml([(0.0, [500], [50])])
+    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda board: next(readings)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="u"))
+    monkeypatch.setattr(device_meters, "POWER_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(device_meters, "time", types.SimpleNamespace(perf_counter=lambda: next(seconds)))
+    with PowerMeter([GPU]) as meter:
+        assert nvml.exhausted.wait(PATIENCE_S)
+    assert meter.figures() == {
+        "mean_power_w": 1.5,
+        "energy_j": 3.0,
+        "mean_utilization_percent": 50.0,
+        "source": "nvml energy counter",
+    }
 
 
 def test_without_a_gpu_nvml_is_not_asked(monkeypatch):

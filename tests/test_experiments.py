@@ -81,7 +81,7 @@ def test_the_default_list_is_baseline_reactive_and_predictive_on_the_small_model
         assert experiment.context_lengths == [500, 1000, 2000]
         assert (experiment.num_runs, experiment.max_new_tokens, experiment.warmup_runs) == (3, 50, 1)
     for experiment in (reactive, predictive):
-        assert (experiment.page_size, experiment.max_gpu_pages, experiment.staging_pages) == (128, 8, 6)
+        assert (experiment.page_size, experiment.max_gpu_pages, experiment.staging_pages) == (128, 6, 6)
         assert experiment.link == {"bandwidth_gb_s": 1.0, "latency_us": 10.0}
     assert (predictive.predictor, predictive.prefetch_k) == ("layer_ahead", 4)
 
@@ -133,8 +133,8 @@ def test_the_original_experiment_keeps_its_figures_and_its_longest_context_is_cl
 
 def test_the_default_file_says_why_its_bus_is_slow_right_above_it():
     text = re.sub(r"\n +# ", " ", commented_yaml())
-    assert "(PCIe 3.0 x16 moves 15.75 GB/s)" in text
-    assert "as they would there.\n  link: {bandwidth_gb_s: 1.0, latency_us: 10.0}" in text
+    assert "The simulated bus is slow to match, 1 GB/s where PCIe 3.0 x16 moves 15.75" in text
+    assert "as they do on a GPU.\n  link: {bandwidth_gb_s: 1.0, latency_us: 10.0}" in text
 
 
 @pytest.mark.parametrize("name", ["paged_kv_config", "predictive_prefetch_config"])
@@ -766,7 +766,9 @@ def test_none_in_words_is_null_and_a_part_without_parameters_is_its_name():
 
 
 def test_a_spec_goes_through_json_unchanged():
-    spec = predictive_spec(policy={"name": "m:P", "decay": 0.5}, link={"bandwidth_gb_s": 12, "latency_us": 1})
+    spec = predictive_spec(
+        policy={"name": "page_policies:LRU", "decay": 0.5}, link={"bandwidth_gb_s": 12, "latency_us": 1}
+    )
     assert json.loads(json.dumps(spec.to_dict())) == spec.to_dict()
     assert spec in {spec}
 
@@ -816,7 +818,7 @@ def test_only_a_baseline_with_the_dynamic_cache_is_a_reference_and_it_runs_first
 words = st.text("abcxyz:-_", min_size=1, max_size=8)
 counts = st.integers(1, 10_000)
 parameters = st.dictionaries(words, st.integers() | words | st.booleans(), max_size=3)
-parts = words | parameters.map(lambda values: {"name": "m:P", **values})
+parts = words | parameters.map(lambda values: {"name": "page_policies:LRU", **values})
 specs = st.builds(
     RunSpec,
     mode=words,
@@ -859,7 +861,7 @@ def test_the_run_id_does_not_depend_on_the_order_of_keys(order, flip):
     entry = {
         "mode": "predictive",
         "seed": 3,
-        "policy": {"name": "m:P", "decay": 0.5, "age": 2},
+        "policy": {"name": "page_policies:LRU", "decay": 0.5, "age": 2},
         "link": {"bandwidth_gb_s": 12.0, "latency_us": 10.0},
         "prefetch_k": 2,
         "num_runs": 1,

@@ -560,10 +560,16 @@ def test_a_policy_and_a_predictor_of_the_users_own_work_by_import_path(tmp_path,
     assert [result["quality"]["matches_baseline"] for result in own.results[1:]] == [True, True]
 
 
+def test_a_part_of_a_module_that_is_not_there_is_found_before_anything_runs(tmp_path):
+    refused = ran(tmp_path, experiments=[{"mode": "baseline"}, {"mode": "reactive", "policy": "no_such_module:Mine"}])
+    assert refused.code == 2
+    assert "there is no module 'no_such_module' to import" in refused.err
+    assert "Traceback" not in refused.err
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("no_such_module:Mine", "there is no module 'no_such_module'"),
         ("page_policies:NoSuch", "module 'page_policies' has no 'NoSuch'"),
         ({"name": "lru", "siez": 3}, "policy 'lru' has no parameter 'siez'"),
     ],

@@ -30,7 +30,7 @@ def test_checking_a_name_imports_nothing():
         "for table in (registry.MODES, registry.POLICIES, registry.SELECTORS, registry.PREDICTORS):\n"
         "    for name in table:\n"
         "        table.check(name)\n"
-        "registry.POLICIES.check('my_module:MyPolicy')\n"
+        "registry.POLICIES.check('page_policies:MyPolicy')\n"
         "print(sorted(set(sys.modules) - before))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
