@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from metrics import percent, speedup_percent, spread
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class Comparison:
     """One strategy against the baseline in one cell; figures compare medians over repetitions.
 
-    `paired_speedups_percent` has one entry per repetition that both ran.
+    The `paired_…` figures have one entry per repetition that both ran.
     """
 
     strategy: str
@@ -45,6 +46,7 @@ class Comparison:
     gpu_peak_reduction_percent: float | None
     device_kv_reduction_percent: float | None
     paired_speedups_percent: tuple[float, ...]
+    paired_gains_percent: tuple[float, ...]
 
 
 COMPARED = (
@@ -54,6 +56,11 @@ COMPARED = (
     "gpu_peak_reduction_percent",
     "device_kv_reduction_percent",
 )
+# Compared figure -> the same, one by one, for pairs of runs.
+PAIRED = {
+    "latency_speedup_percent": "paired_speedups_percent",
+    "throughput_speedup_percent": "paired_gains_percent",
+}
 
 
 def baselines(frame: pd.DataFrame) -> dict[str, str]:
@@ -92,16 +99,17 @@ def _compare_runs(runs: pd.DataFrame, reference: pd.DataFrame) -> Comparison:
         latency_ms=spread(values(runs, "tpot_ms")),
         baseline_latency_ms=spread(values(reference, "tpot_ms")),
         latency_speedup_percent=speedup_percent(_median(reference, "tpot_ms"), _median(runs, "tpot_ms")),
-        throughput_speedup_percent=_gain_percent(runs, reference, "tokens_per_second"),
+        throughput_speedup_percent=_gain_percent(*(_median(side, "tokens_per_second") for side in (runs, reference))),
         gpu_memory_reduction_percent=_reduction_percent(runs, reference, "gpu_memory_mb"),
         gpu_peak_reduction_percent=_reduction_percent(runs, reference, "gpu_peak_mb"),
         device_kv_reduction_percent=_reduction_percent(runs, reference, "device_kv_mb"),
-        paired_speedups_percent=_paired_speedups(runs, reference),
+        paired_speedups_percent=_paired(runs, reference, "tpot_ms", lambda own, other: speedup_percent(other, own)),
+        paired_gains_percent=_paired(runs, reference, "tokens_per_second", _gain_percent),
     )
 
 
-def _gain_percent(runs: pd.DataFrame, reference: pd.DataFrame, column: str) -> float | None:
-    share = percent(_median(runs, column), _median(reference, column))
+def _gain_percent(own: float | None, other: float | None) -> float | None:
+    share = percent(own, other)
     return None if share is None else share - 100.0
 
 
@@ -110,11 +118,17 @@ def _reduction_percent(runs: pd.DataFrame, reference: pd.DataFrame, column: str)
     return None if share is None else 100.0 - share
 
 
-def _paired_speedups(runs: pd.DataFrame, reference: pd.DataFrame) -> tuple[float, ...]:
-    pairs = reference.merge(runs, on="repetition", suffixes=("_baseline", ""))
-    times_ms = pairs[["tpot_ms_baseline", "tpot_ms"]].dropna().itertuples(index=False)
-    speedups = [speedup_percent(baseline_ms, other_ms) for baseline_ms, other_ms in times_ms]
-    return tuple(speedup for speedup in speedups if speedup is not None)
+def _paired(
+    runs: pd.DataFrame,
+    reference: pd.DataFrame,
+    column: str,
+    formula: Callable[[float, float], float | None],
+) -> tuple[float, ...]:
+    """`formula(own, baseline's)` for every repetition that both ran."""
+    pairs = runs.merge(reference, on="repetition", suffixes=("", "_baseline"))
+    measured = pairs[[column, f"{column}_baseline"]].dropna().itertuples(index=False)
+    figures = [formula(own, other) for own, other in measured]
+    return tuple(figure for figure in figures if figure is not None)
 
 
 def _median(frame: pd.DataFrame, column: str) -> float | None:
@@ -132,9 +146,19 @@ def mean(frame: pd.DataFrame, column: str) -> float | None:
 
 def repetition_std(frame: pd.DataFrame, column: str) -> float | None:
     """Standard deviation between repetitions, pooled over cells so that context lengths do not inflate it."""
-    groups = frame.groupby(["strategy", *CELL])[column].agg(["count", "var"]).dropna()
-    freedom = groups["count"] - 1
-    return math.sqrt((groups["var"] * freedom).sum() / freedom.sum()) if len(groups) else None
+    return _pooled_std(values(cell, column) for _, cell in frame.groupby(["strategy", *CELL]))
+
+
+def paired_std(comparisons: Sequence[Comparison], figure: str) -> float | None:
+    """Standard deviation of a compared figure between pairs of runs, pooled over cells; None where it is not paired."""
+    return _pooled_std(getattr(comparison, PAIRED[figure]) for comparison in comparisons) if figure in PAIRED else None
+
+
+def _pooled_std(groups: Iterable[Sequence[float]]) -> float | None:
+    """Each group's deviations are from its own mean; None where no group has two values."""
+    groups = [group for group in groups if len(group) > 1]
+    squares = sum((len(group) - 1) * statistics.variance(group) for group in groups)
+    return math.sqrt(squares / sum(len(group) - 1 for group in groups)) if groups else None
 
 
 def all_match(frame: pd.DataFrame) -> bool | None:

@@ -16,24 +16,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from experiments import MODE_CLASSES, ConfigError, Experiment, load_experiment, override
-from inference_baseline import HFCache, generate
-from metrics import RunResult
+from experiments import MODE_CLASSES, Experiment, load_experiment, override
+from generation import HFCache, generate
+from metrics import RunResult, spread
 from models import LoadedModel, ModelUnavailable, load_model
 from planning import fit_positions
 from run_specs import RunSpec, expand
-from utils import write_json
+from utils import is_out_of_memory, write_json
 from workloads import TokenRows, encode_prompts, prompt_tokens
 
 log = logging.getLogger(__name__)
 
-DEMONSTRATION = {"context_lengths": [1000], "max_new_tokens": 50, "page_size": 128, "max_gpu_pages": 4}
+DEMONSTRATION = {"context_lengths": [1000], "num_runs": 1, "max_new_tokens": 50, "page_size": 128, "max_gpu_pages": 4}
 FLAG_KEYS = {
     "model": "model_name",
     "quantization": "quantization",
@@ -77,16 +78,14 @@ def experiment_of(arguments: argparse.Namespace, mode: str, **more: Any) -> Expe
     return override(experiment, **given, **{key: value for key, value in more.items() if value is not None})
 
 
+def component_specs(arguments: argparse.Namespace, mode: str, **more: Any) -> list[RunSpec]:
+    """The runs that a command line describes."""
+    return expand([experiment_of(arguments, mode, **more)])
+
+
 def load_for(spec: RunSpec) -> LoadedModel:
-    """The model of a run."""
-    model = load_model(
-        spec.model_name,
-        dtype=spec.dtype,
-        device=spec.device,
-        device_map=spec.device_map,
-        quantization=spec.quantization,
-        trust_remote_code=spec.trust_remote_code,
-    )
+    """The model of a run; with `-v` it is said where it came from."""
+    model = load_model(**spec.model_options)
     log.info("%s: %s, %s on %s", spec.model_name, model.source, model.dtype_name, model.device)
     return model
 
@@ -115,12 +114,17 @@ def check_writable(output: Path | None) -> None:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command; what a user can mend is one clear message and exit code 2, Ctrl-C is 130."""
+    """Run a command; what a user can mend is one clear message and exit code 2, full memory is 1, Ctrl-C is 130."""
     try:
         return command()
-    except (ConfigError, ModelUnavailable, ValueError) as error:
+    except (ModelUnavailable, ValueError) as error:  # ConfigError and CannotPage are ValueErrors
         print(error, file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"out of memory: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -143,20 +147,15 @@ def demonstrate(mode: str, run: Callable[..., RunResult], argv: Sequence[str] | 
 def _demonstrate(mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
     own_flags = ("max_gpu_pages", "page_size", "policy", "predictor", "prefetch_k")
-    experiment = experiment_of(arguments, mode, **{flag: getattr(arguments, flag, None) for flag in own_flags})
-    console, results = Console(highlight=False, markup=False), []
-    specs = [spec for spec in expand([experiment]) if spec.repetition == 0]
-    model = load_for(specs[0])
+    specs = component_specs(arguments, mode, **{flag: getattr(arguments, flag, None) for flag in own_flags})
+    model, results = load_for(specs[0]), []
     for spec in specs:
         spec = fitted_spec(spec, model)
         prompt = prompt_tokens(model.tokenizer, model.shape.vocab_size, spec.context_length, spec.batch_size, spec.seed)
         reference = _reference_tokens(spec, model, prompt)
-        result = run(spec, model, reference=reference, prompt=prompt)
-        show_result(result, console)
-        results.append(result.to_dict())
-    if arguments.output is not None:
-        write_json(arguments.output, results[0] if len(results) == 1 else results)
-    return 0 if all(result["quality"]["matches_baseline"] for result in results) else 1
+        results.append(run(spec, model, reference=reference, prompt=prompt))
+    show_and_write(results, arguments.output)
+    return 0
 
 
 def _reference_tokens(spec: RunSpec, model: LoadedModel, prompt: TokenRows) -> TokenRows:
@@ -164,49 +163,108 @@ def _reference_tokens(spec: RunSpec, model: LoadedModel, prompt: TokenRows) -> T
     return generate(plain, model, HFCache("dynamic", model), prompt, spec.max_new_tokens).tokens
 
 
-def show_result(result: RunResult, console: Console) -> None:
-    """Print a result for a reader: the text, then the figures that there are."""
-    for row, text in enumerate(result.tokens["text"] or []):
+def show_and_write(results: Sequence[RunResult], output: Path | None) -> None:
+    """Print the results, repetitions of one context together; and write them if asked, several as a list."""
+    console = Console(highlight=False, markup=False)
+    for _, repetitions in groupby(results, key=lambda result: result.context["tokens"]):
+        show_repetitions(list(repetitions), console)
+    if output is not None:
+        blocks = [result.to_dict() for result in results]
+        write_json(output, blocks[0] if len(blocks) == 1 else blocks)
+
+
+def show_repetitions(results: Sequence[RunResult], console: Console) -> None:
+    """Print the text of the first repetition, and the figures of all of them."""
+    first = results[0]
+    for row, text in enumerate(first.tokens["text"] or []):
         console.rule(f"generated text, sequence {row}", align="left")
-        console.print(text.strip(), markup=False)
-    table = Table(title=f"{result.spec['mode']}, {result.context['tokens']} tokens of context", title_justify="left")
+        console.print(text.strip())
+    runs = f", mean ± std of {len(results)} runs" if len(results) > 1 else ""
+    title = f"{first.spec['mode']}, {first.context['tokens']} tokens of context{runs}"
+    table = Table(title=title, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name, value in figures_of(result):
-        table.add_row(name, value)
+    for name, values in zip(FIGURES, zip(*map(figures_of, results), strict=True), strict=True):
+        if (text := _summary(values)) is not None:
+            table.add_row(name, text)
     console.print(table)
 
 
-def figures_of(result: RunResult) -> list[tuple[str, str]]:
-    """`(name with unit, value)` of what a reader asks of one result; figures that are missing are left out."""
+def _summary(values: Sequence[Any]) -> str | None:
+    """One cell: mean and spread of numbers, else the values that occur; None if nothing is there."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    if not all(isinstance(value, int | float) for value in present):
+        return ", ".join(dict.fromkeys(map(str, present)))
+    if len(set(present)) == 1:
+        return f"{present[0]:,}" if isinstance(present[0], int) else f"{present[0]:,.2f}"
+    figures = spread(present)
+    return f"{figures['mean']:,.2f} ± {figures['std']:,.2f}"
+
+
+FIGURES = (
+    "tokens equal to HF's",
+    "time to first token, ms",
+    "time per output token, ms",
+    "total, ms",
+    "tokens per second, all sequences",
+    "GPU memory allocated, MiB",
+    "GPU memory peak, MiB",
+    "GPU memory delta, MiB",
+    "process memory (RSS), MiB",
+    "KV cache on the device, MiB",
+    "KV cache on the host, MiB",
+    "pages",
+    "hit rate, %",
+    "hits / late / misses",
+    "evictions",
+    "to the device, MiB",
+    "link",
+    "stall, ms",
+    "stall, % of decode",
+    "prefetches issued",
+    "prefetches on time / late / wasted",
+    "prediction accuracy, %",
+    "prefetch coverage, %",
+)
+
+
+def figures_of(result: RunResult) -> tuple[Any, ...]:
+    """What a reader asks of one result, in the order of `FIGURES`; None where it is missing."""
     timing, memory, cache, prefetch = result.timing, result.memory, result.cache or {}, result.prefetch or {}
-    link = cache.get("link") or {}
-    rows: list[tuple[str, Any]] = [
-        ("tokens equal to HF's", {True: "yes", False: "NO"}.get(result.quality["matches_baseline"])),
-        ("time to first token, ms", timing["ttft_ms"]),
-        ("time per output token, ms", timing["tpot_ms"]),
-        ("total, ms", timing["e2e_ms"]),
-        ("tokens per second, all sequences", timing["batch_tokens_per_second"]),
-        ("GPU memory allocated, MiB", memory["gpu_memory_mb"]),
-        ("GPU memory peak, MiB", memory["gpu_peak_mb"]),
-        ("GPU memory delta, MiB", memory["gpu_delta_mb"]),
-        ("process memory (RSS), MiB", memory["rss_mb"]),
-        ("KV cache on the device, MiB", _mebibytes(memory["device_kv_bytes"])),
-        ("KV cache on the host, MiB", _mebibytes(memory["host_kv_bytes"])),
-        ("pages", cache.get("n_pages")),
-        ("hit rate, %", _percent(cache.get("hit_rate"))),
-        ("hits / late / misses", _joined(cache, "hits", "late", "misses")),
-        ("evictions", cache.get("evictions")),
-        ("to the device, MiB", _mebibytes(cache.get("h2d_bytes"))),
-        ("link", f"{link['kind']} {link['name']}, {link['bandwidth_gb_s'] or '?'} GB/s" if link else None),
-        ("stall, ms", cache.get("stall_ms")),
-        ("stall, % of decode", cache.get("stall_percent")),
-        ("prefetches issued", prefetch.get("issued")),
-        ("prefetches on time / late / wasted", _joined(prefetch, "on_time", "late", "wasted")),
-        ("prediction accuracy, %", _percent(prefetch.get("accuracy"))),
-        ("prefetch coverage, %", _percent(prefetch.get("coverage"))),
-    ]
-    return [(name, f"{v:,.2f}" if isinstance(v, float) else f"{v}") for name, v in rows if v is not None]
+    return (
+        {True: "yes", False: "NO"}.get(result.quality["matches_baseline"]),
+        timing["ttft_ms"],
+        timing["tpot_ms"],
+        timing["e2e_ms"],
+        timing["batch_tokens_per_second"],
+        memory["gpu_memory_mb"],
+        memory["gpu_peak_mb"],
+        memory["gpu_delta_mb"],
+        memory["rss_mb"],
+        _mebibytes(memory["device_kv_bytes"]),
+        _mebibytes(memory["host_kv_bytes"]),
+        cache.get("n_pages"),
+        _percent(cache.get("hit_rate")),
+        _joined(cache, "hits", "late", "misses"),
+        cache.get("evictions"),
+        _mebibytes(cache.get("h2d_bytes")),
+        _link_text(cache.get("link")),
+        cache.get("stall_ms"),
+        cache.get("stall_percent"),
+        prefetch.get("issued"),
+        _joined(prefetch, "on_time", "late", "wasted"),
+        _percent(prefetch.get("accuracy")),
+        _percent(prefetch.get("coverage")),
+    )
+
+
+def _link_text(link: dict[str, Any] | None) -> str | None:
+    if link is None:
+        return None
+    width = f", {link['bandwidth_gb_s']:g} GB/s" if link["bandwidth_gb_s"] else ""
+    return f"{link['kind']} {link['name']}{width}" if link["name"] != link["kind"] else f"{link['kind']}{width}"
 
 
 def _mebibytes(n_bytes: int | None) -> float | None:

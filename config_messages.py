@@ -68,7 +68,7 @@ def _faults(cls: type[Experiment], error: ValidationError) -> list[Fault]:
         Fault(
             loc=details["loc"],
             text=_sentence(cls, details),
-            at_key=details["type"] == "extra_forbidden",
+            at_key=details["type"] in ("extra_forbidden", "unknown_parameter"),
             keys=tuple(details.get("ctx", {}).get("keys", ())),
         )
         for details in error.errors(include_url=False)
@@ -103,7 +103,7 @@ def _sentence(cls: type[Experiment], details: Any) -> str:
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
         return f"{key!r} must be {either(choices)}, found {described(value)}{nearest(value, choices)}"
-    if kind == "value_error":
+    if kind in ("value_error", "unknown_parameter"):
         error = context["error"]
         return str(error) if isinstance(error, UnknownName) else f"{key!r} {error}"
     if kind == "conflict":

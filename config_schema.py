@@ -8,8 +8,9 @@ A limit of one value stands in its type, and a rule between several values in `c
 words that `config_messages` can print: a type by a `ValueError` with the rest of a sentence that the key
 begins ("must be ..."), a rule by a sentence of its own.
 
-Names of policies, selectors and predictors are checked against `registry`, which imports none of them: a
-config is validated without loading torch.
+Policies, selectors and predictors are looked up in `registry` and their parameters checked against their
+classes. The modules of the built-in ones need no torch, so neither does the reading of a config; a user's own
+module is imported, whatever it needs.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import links
-from registry import POLICIES, PREDICTORS, SELECTORS, Registry, nearest
-from run_specs import PagingSpec, PrefetchSpec
+from registry import POLICIES, PREDICTORS, SELECTORS, Registry, UnknownName, nearest
+from run_specs import Paging, PrefetchSpec
 from yaml_source import described
 
 # --- types of values ----------------------------------------------------------------------------------------
@@ -79,20 +80,43 @@ def _known_link(value: Any) -> Any:
 
 
 class _Part(BaseModel):
-    """A policy, selector or predictor with parameters, which its own class checks when it is made."""
+    """A policy, selector or predictor with parameters; which ones there are, its own class knows."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: str
 
 
 def _part_of(registry: Registry) -> Any:
-    """The type of a key that names a part: `lru`, or `{name: lru, parameter: value}`."""
+    """The type of a key that names a part: `lru`, or `{name: lru, parameter: value}`.
+
+    The part is found, imported if it is the user's own, and its parameters are compared with those that were
+    given. It is not made: a value that only its class can judge is judged when a run begins.
+    """
 
     def known_part(value: Any) -> Any:
         if not isinstance(value, str | dict):
             raise ValueError(f"must be a name or a mapping with 'name', found {described(value)}")
         name = value if isinstance(value, str) else _Part.model_validate(value).name
-        registry.check(name)
+        try:
+            refused = registry.refused_parameters(value)
+        except UnknownName:
+            raise
+        except (Exception, SystemExit) as error:  # a user's module can fail in any way while it is imported
+            raise UnknownName(
+                f"{registry.kind} {name!r}: importing it failed ({type(error).__name__}: {error})"
+            ) from error
+        if refused:
+            raise ValidationError.from_exception_data(
+                registry.kind,
+                [
+                    InitErrorDetails(
+                        type=PydanticCustomError("unknown_parameter", "{error}", {"error": error}),
+                        loc=(parameter,),
+                        input=value[parameter],
+                    )
+                    for parameter, error in refused.items()
+                ],
+            )
         return name if value == {"name": name} else value
 
     return Annotated[str | dict[str, Any], PlainValidator(known_part), registry]
@@ -223,7 +247,7 @@ class ReactiveExperiment(Experiment):
             )
 
     def cache_fields(self) -> dict[str, Any]:
-        return {"paging": PagingSpec(**{key: getattr(self, key) for key in PagingSpec.__dataclass_fields__})}
+        return {"paging": Paging(**{key: getattr(self, key) for key in Paging.__dataclass_fields__})}
 
 
 class PredictiveExperiment(ReactiveExperiment):

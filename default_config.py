@@ -40,8 +40,8 @@ _CHOSEN = {
     "link": {"bandwidth_gb_s": 1.0, "latency_us": 10.0},
 }
 _REASONS = {
-    "link": "A GPU computes far faster than a CPU. The simulated bus is slow to match, 1 GB/s where PCIe 3.0 x16"
-    " moves 15.75, so that computing and copying weigh against each other somewhat as they do on a GPU.",
+    "link": "Slowed to 1 GB/s (PCIe 3.0 x16 moves 15.75) so that waiting for pages is visible beside the computing of"
+    " a CPU; this is a model of no real bus.",
 }
 _GROUPS = (
     ("all modes", Experiment, ("mode", "name")),

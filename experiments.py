@@ -26,7 +26,7 @@ from config_schema import (
     PredictiveExperiment,
     ReactiveExperiment,
 )
-from run_specs import PagingSpec, PrefetchSpec, RunSpec, clamp, expand
+from run_specs import Paging, PrefetchSpec, RunSpec, clamp, expand
 from yaml_source import ConfigError, KeyPath, Source, described, read_source
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "BaselineExperiment",
     "ConfigError",
     "Experiment",
-    "PagingSpec",
+    "Paging",
     "PredictiveExperiment",
     "PrefetchSpec",
     "ReactiveExperiment",

@@ -28,15 +28,17 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hf_attention
+from component_cli import demonstrate
+from generation import measured_run
 from hf_attention import CannotPage
-from inference_baseline import measured_run
 from links import choose_link
 from metrics import Recorder, RunResult, Timing, cache_figures
 from models import LoadedModel
 from page_store import Transport, transport_for
-from paged_layer import DecodeAttention, PagedLayer, Paging
+from paged_layer import DecodeAttention, PagedLayer
 from paged_sequence import PagedSequence
-from run_specs import RunSpec
+from registry import POLICIES, SELECTORS
+from run_specs import Paging, RunSpec
 
 
 class PagedKVCache(Cache):
@@ -55,6 +57,9 @@ class PagedKVCache(Cache):
 
     def __init__(self, config: Any, **paging: Any):
         self.paging = Paging(**paging)
+        for parts, choice in ((POLICIES, self.paging.policy), (SELECTORS, self.paging.selector)):
+            parts.create(choice)  # a wrong name or parameter is found now, not as the first keys come in
+        choose_link(self.paging.link, "cpu")
         self.recorder = Recorder()
         self.phase = "prefill"
         self.prompt_tokens: int | None = None
@@ -145,12 +150,20 @@ class PagedKVCache(Cache):
                 yield self
             finally:
                 self._attached = False
+                self._settle()
+
+    def _settle(self) -> None:
+        """Read what the device has measured, once it has finished."""
+        for device in self._transports:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        self.recorder.settle()
 
     def reset(self) -> None:
         """Forget the context and the record of it; keep the memory."""
         super().reset()
         self.recorder.reset()
-        self.phase = "prefill"
+        self.phase, self.prompt_tokens = "prefill", None
         self.torn = self._has_decoded = False
 
     # --- what layers need, and where predictive paging hooks in -----------------------------------------------------
@@ -183,14 +196,14 @@ class PagedKVCache(Cache):
         return {
             "device_kv_bytes": sum(store.pool.nbytes for store in pools)
             + sum(layer.keys.nbytes + layer.values.nbytes for layer in kept),
-            "staging_bytes": staging * self.paged_layers[0].batch_size,
+            "staging_bytes": staging * len(self.paged_layers[0].sequences),
             "host_kv_bytes": sum(store.host_bytes for store in pools),
         }
 
     def figures(self, timing: Timing) -> dict[str, Any]:
         """The result blocks `cache` and `steps` of a generation that took `timing`."""
         transfer_ms = sum(transport.busy_ms() for transport in self._transports.values())
-        self.recorder.settle()
+        self._settle()
         layer = self.paged_layers[0]
         link = asdict(layer.store.transport.link)
         figures = cache_figures(self.recorder, timing, self.page_bytes, link, transfer_ms)
@@ -233,7 +246,7 @@ class MeasuredPagedCache:
 def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
     """Page the KV cache: a budget of pages on the device, the rest fetched when attention asks.
 
-    One run; see `inference_baseline.measured_run` for `how`.
+    One run; see `generation.measured_run` for `how`.
     """
     paging = asdict(spec.paging)
     return measured_run(
@@ -243,8 +256,6 @@ def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m kv_paging`: a short generation with a paged cache, next to the same one with transformers' cache."""
-    from component_cli import demonstrate
-
     return demonstrate("reactive", run, argv, module="kv_paging")
 
 

@@ -17,13 +17,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils import PROJECT_FOLDER
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from metrics import RunResult
     from planning import PlannedRun
 
 DEFAULT_CONFIG = PROJECT_FOLDER / "experiment_config.yaml"
@@ -153,18 +154,22 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
 
         sweep = Sweep(planned, arguments.output, watcher)
         sweep.run()
-    summarise([r.to_dict() for r in sweep.results], time.perf_counter() - started, arguments)
+    seconds = time.perf_counter() - started
+    summarise(sweep.results, seconds, len(planned), sweep.interrupted, arguments)
     if sweep.interrupted:
         return INTERRUPTED
     return OK if all(result.ok for result in sweep.results) else FAILED
 
 
-def summarise(results: list[dict[str, Any]], seconds: float, arguments: argparse.Namespace) -> None:
+def summarise(
+    results: Sequence[RunResult], seconds: float, n_planned: int, interrupted: bool, arguments: argparse.Namespace
+) -> None:
     """Write the summary and the plots, print the tables."""
     from reporting import print_tables, to_frame, write_summary
 
-    write_summary(arguments.output, seconds, results)
-    frame = to_frame(results)
+    blocks = [result.to_dict() for result in results]
+    write_summary(arguments.output, seconds, blocks, n_planned, interrupted)
+    frame = to_frame(blocks)
     print_tables(frame, _stdout())
     if not arguments.no_plots:
         from plots import save_plots

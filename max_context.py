@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from inference_baseline import WARMUP_TOKENS, HFCache, generate
+from generation import WARMUP_TOKENS, HFCache, generate
 from models import LoadedModel
 from run_specs import RunSpec
 from utils import is_out_of_memory
 from workloads import prompt_tokens
 
 FIRST_ATTEMPT = 128
+LONGEST_ATTEMPT = 2**20
 RESOLUTION = 32  # tokens between the longest that fits and the shortest that does not
 
 
@@ -35,7 +36,8 @@ class Attempt:
 
 @dataclass(frozen=True)
 class MaxContext:
-    """The answer. `limited_by` is `"memory"`, or `"positions"` if memory held out to the model's last position."""
+    """The answer. `limited_by` is `"memory"`, `"positions"` if memory held out to the model's last position, or
+    `"search"` if it held out as far as the search goes for a model without a last one."""
 
     context_tokens: int
     limited_by: str
@@ -71,7 +73,7 @@ def find_max_context(
         on_attempt(attempt)
         return attempt.fits
 
-    limit = (model.shape.max_positions or 2**20) - WARMUP_TOKENS
+    limit = (model.shape.max_positions or LONGEST_ATTEMPT) - WARMUP_TOKENS
     longest, shortest_too_long = 0, limit + 1
     length = min(FIRST_ATTEMPT, limit)
     while longest < length:
@@ -87,7 +89,8 @@ def find_max_context(
             shortest_too_long = middle
     if longest == 0:
         raise ValueError(f"not even {RESOLUTION} tokens of context fit into the memory there is")
-    return MaxContext(longest, "positions" if longest == limit else "memory", budget_mb, attempts)
+    reason = "memory" if longest < limit else "positions" if model.shape.max_positions else "search"
+    return MaxContext(longest, reason, budget_mb, attempts)
 
 
 def _attempt(spec: RunSpec, model: LoadedModel, length: int, budget_mb: float | None) -> Attempt:
@@ -104,7 +107,7 @@ def _attempt(spec: RunSpec, model: LoadedModel, length: int, budget_mb: float | 
         return Attempt(length, False, None)
     used_mb = generation.memory["gpu_peak_mb"]
     if used_mb is None:
-        used_mb = (model.model.get_memory_footprint() + (cache.memory()["device_kv_bytes"] or 0)) / 2**20
+        used_mb = (model.model.get_memory_footprint() + cache.memory()["device_kv_bytes"]) / 2**20
     return Attempt(length, budget_mb is None or used_mb <= budget_mb, used_mb)
 
 

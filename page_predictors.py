@@ -9,8 +9,10 @@ step:
     observe(layer, step, pages, mass)   the layer has attended to them; `mass()` gives each one's share of the attention
 
 `mass` is a function because on CUDA the shares are still on their way to the host: a predictor that reads them one step
-later does not wait. A predictor that never reads them says `needs_mass = False`, and is not told. Pages that are on the
-device already may be named; they cost nothing.
+later does not wait. A predictor that never reads them says `needs_mass = False` as a class attribute, and `observe` is
+not called. Pages that are on the device already may be named; they cost nothing.
+
+A predictor of your own derives from `DeafPredictor` and overrides the verbs that it cares for.
 """
 
 from __future__ import annotations
@@ -23,18 +25,24 @@ Guesses = list[tuple[int, float]]
 
 
 class Predictor(Protocol):
-    """The verbs of a predictor; see the module's docstring."""
+    """The verbs of a predictor; see the module's docstring.
+
+    Attributes:
+        needs_mass: whether `observe` is to be called. Computing the shares and bringing them to the host costs time in
+            every layer, so a predictor that has no use for them says False.
+    """
+
+    needs_mass: ClassVar[bool]
 
     def want(self, layer: int, step: int, pages: Sequence[int]) -> None: ...
     def predict(self, layer: int, step: int) -> Guesses: ...
     def observe(self, layer: int, step: int, pages: Sequence[int], mass: Callable[[], list[float]]) -> None: ...
 
 
-@dataclass(frozen=True)
-class NoPrediction:
-    """Predict nothing: predictive mode then behaves as reactive mode, which is what the comparison needs."""
+class DeafPredictor:
+    """The verbs with nothing in them: it heeds no page and guesses none. The base of the predictors below."""
 
-    needs_mass: ClassVar[bool] = False
+    needs_mass: ClassVar[bool] = True
 
     def want(self, layer: int, step: int, pages: Sequence[int]) -> None:
         pass
@@ -47,14 +55,20 @@ class NoPrediction:
 
 
 @dataclass(frozen=True)
-class LastStep(NoPrediction):
+class NoPrediction(DeafPredictor):
+    """Predict nothing: predictive mode then behaves as reactive mode, which is what the comparison needs."""
+
+    needs_mass: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class LastStep(DeafPredictor):
     """The pages this layer attended to in the last step, those with the largest share of attention first.
 
     Confidence is the page's share. Attention moves slowly from token to token, so this is the natural first guess; and
     as LRU keeps just these pages, the natural guess may have little left to fetch.
     """
 
-    needs_mass: ClassVar[bool] = True
     _last: dict[int, tuple[Sequence[int], Callable[[], list[float]]]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -70,12 +84,13 @@ class LastStep(NoPrediction):
 
 
 @dataclass(frozen=True)
-class LayerAhead(NoPrediction):
+class LayerAhead(DeafPredictor):
     """The pages the layer before has just asked for: certain when every layer asks for all pages (exact attention).
 
     What remains to be fetched of them are the pages this layer does not hold. Confidence is 1.
     """
 
+    needs_mass: ClassVar[bool] = False
     _latest: list[int] = field(default_factory=list, init=False, repr=False)
 
     def want(self, layer: int, step: int, pages: Sequence[int]) -> None:

@@ -127,10 +127,17 @@ class ThreadTransport:
         return ticket
 
     def busy_ms(self) -> float:
+        self._finish_orders()
         return 1000.0 * self._busy_seconds
 
     def restart_clock(self) -> None:
         self._busy_seconds = 0.0
+
+    def _finish_orders(self) -> None:
+        """Wait until the worker has done all that was asked of it so far."""
+        done = threading.Event()
+        self._orders.put(done)
+        done.wait()
 
     def adopt(self, pool: torch.Tensor) -> None:
         pass  # an order under way holds its tensors
@@ -153,6 +160,9 @@ def _stop(orders: queue.SimpleQueue, worker: threading.Thread) -> None:
 
 def _serve(orders: queue.SimpleQueue, transport_ref: weakref.ref) -> None:
     while (order := orders.get()) is not None:
+        if isinstance(order, threading.Event):
+            order.set()
+            continue
         ticket, moves, to_device, after, asked_at = order
         try:
             for earlier in after:
@@ -246,8 +256,8 @@ class PageStore:
         device: torch.device,
         transport: Transport,
     ):
-        # Zeros, not empty: attention runs over unused slots too and gives them weight 0, and 0 * NaN is NaN.
-        # And never an inference tensor, which a caller outside inference mode could not write to.
+        # Zeros touch the memory now, outside of any clock. And never an inference tensor, which a caller outside
+        # inference mode could not write to.
         with torch.inference_mode(False):
             self.pool = torch.zeros((n_slots, 2, *page_shape), dtype=dtype, device=device)
         transport.adopt(self.pool)
@@ -269,7 +279,7 @@ class PageStore:
         return sum(segment.nbytes for segment in self._segments)
 
     def reserve_host(self, n_rows: int) -> None:
-        """Allocate host pages for rows 0..n_rows-1 at once, so that no allocation falls into a measured run."""
+        """Allocate host pages for rows 0..n_rows-1 at once; pinning them is slow, and does not belong into a run."""
         reserved = self._segment_ends[-1] if self._segment_ends else 0
         if n_rows > reserved:
             self._segments.append(self._new_segment(n_rows - reserved))

@@ -15,7 +15,7 @@ written into pages. So prefill is exact as well, whatever the selector, and its 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -24,7 +24,6 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_attention import CannotPage
-from links import choose_link
 from metrics import Recorder
 from page_store import PageStore, Transport
 from page_table import PageTable
@@ -39,41 +38,9 @@ from paged_attention import (
 )
 from paged_sequence import PagedSequence, Resolution
 from registry import POLICIES, SELECTORS
+from run_specs import Paging
 
 MAX_PARTIAL_ELEMENTS = 2**23  # of one kernel call's output during prefill: 32 MiB in float32
-
-
-@dataclass(frozen=True)
-class Paging:
-    """How a context is paged; the parameters of `PagedKVCache`."""
-
-    page_size: int = 256
-    max_gpu_pages: int = 8
-    staging_pages: int = 6
-    policy: str | Mapping[str, Any] = "lru"
-    selector: str | Mapping[str, Any] = "all"
-    sink_pages: int = 1
-    recent_pages: int = 1
-    link: str | Mapping[str, Any] = "auto"
-
-    def __post_init__(self):
-        POLICIES.create(self.policy)
-        SELECTORS.create(self.selector)
-        choose_link(self.link, "cpu")
-        for name in ("page_size", "max_gpu_pages", "staging_pages", "recent_pages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        needed = self.sink_pages + self.recent_pages + 1
-        if self.max_gpu_pages < needed:
-            raise ValueError(
-                f"max_gpu_pages={self.max_gpu_pages} cannot hold sink_pages={self.sink_pages}, recent_pages="
-                f"{self.recent_pages} and one page more; it must be at least {needed}"
-            )
-
-    @property
-    def slots(self) -> int:
-        """Device slots of one layer of one sequence."""
-        return self.max_gpu_pages + self.staging_pages
 
 
 @dataclass(frozen=True)
@@ -138,11 +105,6 @@ class PagedLayer(CacheLayerMixin):
     # --- what transformers asks of a cache layer -------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        if key_states.shape != value_states.shape:
-            raise CannotPage(
-                f"layer {self.layer_idx}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} differ"
-                " in shape (multi-head latent attention?); such a layout cannot be paged"
-            )
         batch, n_kv_heads, _, head_dim = key_states.shape
         self.allocate(batch, n_kv_heads, head_dim, key_states.dtype, key_states.device, self.max_tokens)
 
@@ -229,6 +191,11 @@ class PagedLayer(CacheLayerMixin):
 
     def _require_initialized(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for what is about to be written, unless memory of just that kind is there."""
+        if key_states.shape != value_states.shape:
+            raise CannotPage(
+                f"layer {self.layer_idx}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} differ"
+                " in shape (multi-head latent attention?); such a layout cannot be paged"
+            )
         batch, n_kv_heads, _, head_dim = key_states.shape
         if self.is_initialized:
             _, _, pool_heads, _, pool_dim = self.store.pool.shape
@@ -312,20 +279,27 @@ class PagedLayer(CacheLayerMixin):
         rows = range(self.batch_size)
         if query.shape[2] == 1:
             self.write(key, value)
-            requests = self._request_pages(decoding=self.cache.phase == "decode")
+            requests = self._request_pages(query if self.cache.phase == "decode" else None)
             parts = [self._attend_pages(row, requests[row], query, allowed, scale) for row in rows]
         else:
-            requests = self._request_pages(decoding=False)
+            requests = self._request_pages(None)
             parts = [self._attend_chunk(row, requests[row], query, key, value, allowed, scale) for row in rows]
             self.write(key, value)
         return torch.cat([ungroup_heads(part.out, query.shape[1]) for part in parts]).to(query.dtype)
 
-    def _request_pages(self, decoding: bool) -> list[Resolution]:
-        """Ask for the pages of every sequence before any is attended, so that all their copies are under way."""
-        pages = self.selector.select(self.n_pages) if decoding else list(range(self.n_pages))
-        pinned = self.pinned_pages(self.n_pages)
+    def _request_pages(self, query: torch.Tensor | None) -> list[Resolution]:
+        """Ask for the pages of every sequence before any is attended, so that all their copies are under way.
+
+        Args:
+            query: [B, H, 1, D] of a decode step, for the selector to choose by; None in prefill, which reads all pages.
+        """
+        everything, pinned = list(range(self.n_pages)), self.pinned_pages(self.n_pages)
         return [
-            sequence.resolve(pages, pinned, partial(self.cache.look_ahead, self, sequence))
+            sequence.resolve(
+                everything if query is None else self.selector.select(query[sequence.row], self.n_pages),
+                pinned,
+                partial(self.cache.look_ahead, self, sequence),
+            )
             for sequence in self.sequences
         ]
 

@@ -1,4 +1,9 @@
-"""The table of `--plan`: what would run, how much of its context fits, and the least time a token can take."""
+"""The table of `--plan`: what would run, how much of its context fits, and what has to cross the link regardless.
+
+The floor is that of the transfer alone, the least time per token for the bytes that must cross the link; what a token
+takes to compute is not in it, and is not known before the run. A floor is known only where the bandwidth is, and
+before the run that is so of a simulated link alone. The caption names it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,9 @@ from collections.abc import Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from links import choose_link
 from planning import PlannedRun
 
 
@@ -15,7 +22,15 @@ def print_plan(planned: Sequence[PlannedRun], console: Console) -> None:
     """Print one row for each run, then the notes. A dash is what is not known before the run."""
     for model, per_token in dict.fromkeys((run.spec.model_name, run.kv_bytes_per_token) for run in planned):
         console.print(f"{model}: {_text(per_token, ',.0f')} KV bytes per token of one sequence")
-    table = Table(title=f"{len(planned)} runs", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(
+        title="1 run" if len(planned) == 1 else f"{len(planned)} runs",
+        title_justify="left",
+        caption=Text(_caption(planned)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
     table.add_column("run", no_wrap=True)
     table.add_column("strategy", overflow="fold")
     table.add_column("context", no_wrap=True)
@@ -40,6 +55,24 @@ def _row(run: PlannedRun) -> tuple[str, ...]:
         _text(run.resident_fraction, ".0f", 0.01),
         _text(run.transfer_floor_ms, ".2f"),
     )
+
+
+def _caption(planned: Sequence[PlannedRun]) -> str:
+    """What the floors mean, as far as the table has such floors."""
+    floors, links = [run.transfer_floor_ms for run in planned], _simulated_links(planned)
+    over = f"over the simulated link ({'; '.join(links)})" if links else "over the link"
+    sentences = [f"Transfer floor: least time for the bytes that must cross, {over}; computing is not in it."]
+    if 0.0 in floors:
+        sentences.append("0.00: nothing has to cross, all KV is on the device.")
+    if None in floors:
+        sentences.append("—: not known before the run.")
+    return " ".join(sentences)
+
+
+def _simulated_links(planned: Sequence[PlannedRun]) -> list[str]:
+    """The links of the floors above 0: these took a bandwidth that is known beforehand, as only a simulated one is."""
+    links = [choose_link(run.spec.paging.link, "cpu") for run in planned if run.transfer_floor_ms]
+    return list(dict.fromkeys(f"{link.name}, {link.bandwidth_gb_s:g} GB/s" for link in links))
 
 
 def _text(value: float | None, form: str, unit: float = 1.0) -> str:

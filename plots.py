@@ -65,10 +65,15 @@ class Panel:
 
 
 def save_plots(frame: pd.DataFrame, folder: str | Path) -> Path | None:
-    """Draw `plots/kv_cache_comparison.png` in the folder. None, and no file, where no run succeeded."""
-    if not any(panel.bars for panel in _panels(frame)):
-        return None
+    """Draw `plots/kv_cache_comparison.png` in the folder, and return its path.
+
+    Where no run succeeded there is nothing to draw: None, and a plot that an earlier sweep left there is removed,
+    since it would pass for this one's.
+    """
     path = Path(folder) / "plots" / "kv_cache_comparison.png"
+    if not any(panel.bars for panel in _panels(frame)):
+        path.unlink(missing_ok=True)
+        return None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(to_png(comparison_figure(frame)))
     return path
@@ -122,9 +127,9 @@ def _panels(frame: pd.DataFrame) -> list[Panel]:
     return [
         Panel("Decode latency", "ms per token (lower is better)", latency),
         Panel("Decode speed-up", "% against the baseline (above 0 is faster)", _speedup_bars(frame), signed=True),
-        Panel("KV cache on the device, staging included", "MB (lower is better)", memory),
+        Panel("KV cache on the device, staging included", "MiB (lower is better)", memory),
         Panel("Stall: compute waiting for pages", "% of decode time (lower is better)", stall),
-        Panel("Hit rate: pages there when wanted", "% of accesses (higher is better)", hits, to_hundred=True),
+        Panel("Hit rate: pages there in time", "% of accesses (higher is better)", hits, to_hundred=True),
         Panel("Prediction accuracy", "% of prefetched pages used", accuracy, to_hundred=True),
     ]
 
@@ -183,7 +188,7 @@ def _reading(frame: pd.DataFrame) -> str:
         return "Each bar is one run (n = 1), so there is no spread to show."
     n = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     words = f"Bars: mean of n = {n} runs (speed-up: from medians)."
-    return f"{words} Whiskers: standard deviation. Dots: single runs."
+    return f"{words} Whiskers: standard deviation (speed-up: of pairs). Dots: single runs."
 
 
 def _draw_panel(

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from inference_baseline import measured_run
+from component_cli import demonstrate
+from generation import measured_run
 from kv_paging import MeasuredPagedCache, PagedKVCache
 from metrics import RunResult, Timing, prefetch_figures
 from models import LoadedModel
@@ -97,7 +98,7 @@ class PrefetchingKVCache(PagedKVCache):
 def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
     """Page the KV cache and copy pages ahead of need.
 
-    One run; see `inference_baseline.measured_run` for `how`.
+    One run; see `generation.measured_run` for `how`.
     """
     options = asdict(spec.paging) | asdict(spec.prefetch)
 
@@ -109,8 +110,6 @@ def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m predictive_prefetch`: a short generation with prefetching, next to the same one without paging."""
-    from component_cli import demonstrate
-
     return demonstrate("predictive", run, argv, module="predictive_prefetch")
 
 

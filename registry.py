@@ -1,7 +1,8 @@
 """Names for the parts a user can choose or bring: modes, policies, selectors, predictors.
 
-A registry is a table of `"name": "module:Class"`. Nothing is imported until a name is resolved, so a config can be
-validated and `--plan` printed without loading torch. A name that contains a colon is an import path of the user's own
+A registry is a table of `"name": "module:Class"`. Nothing is imported until a name is resolved, so a module that needs
+torch costs nothing to be listed here. Reading a config resolves the parts it names, to check their parameters; the
+built-in ones need no torch. A name that contains a colon is an import path of the user's own
 class (`"my_module:MyPolicy"`), looked up from the current folder like any Python module.
 
 Parameters of a part are the fields of its dataclass: `policy: lru` or `policy: {name: lru, ...}` in YAML.
@@ -23,7 +24,7 @@ IMPORT_PATH = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 class UnknownName(ValueError):
-    """A name that no registry knows, with the nearest known one."""
+    """A name of a part, or of a parameter of it, that is not known, with the nearest known one."""
 
 
 def nearest(word: str, known: list[str] | set[str] | Mapping[str, Any]) -> str:
@@ -89,20 +90,27 @@ class Registry:
         """A new instance from `"name"` or `{"name": ..., parameter: value}`.
 
         Raises:
-            UnknownName: the name is unknown.
-            ValueError: a parameter is unknown; the message lists those there are.
+            UnknownName: the name is unknown, or a parameter; the message lists those there are.
         """
+        for refused in self.refused_parameters(choice).values():
+            raise refused
         parameters = {} if isinstance(choice, str) else {k: v for k, v in choice.items() if k != "name"}
+        return self.load(choice if isinstance(choice, str) else choice["name"])(**parameters)
+
+    def refused_parameters(self, choice: str | Mapping[str, Any]) -> dict[str, UnknownName]:
+        """The parameters of a choice that its part does not have, each with what to say of it.
+
+        Raises:
+            UnknownName: as for `load`.
+        """
         name = choice if isinstance(choice, str) else choice["name"]
-        cls = self.load(name)
-        known = parameters_of(cls)
-        for key in parameters:
-            if key not in known:
-                raise ValueError(
-                    f"{self.kind} {name!r} has no parameter {key!r}{nearest(key, known)}"
-                    f" (parameters: {', '.join(known) or 'none'})"
-                )
-        return cls(**parameters)
+        known = parameters_of(self.load(name))
+        there_are = f"(parameters: {', '.join(known) or 'none'})"
+        return {
+            key: UnknownName(f"{self.kind} {name!r} has no parameter {key!r}{nearest(key, known)} {there_are}")
+            for key in ([] if isinstance(choice, str) else choice)
+            if key not in known and key != "name"
+        }
 
     def describe(self) -> list[tuple[str, dict[str, Any], str]]:
         """`(name, {parameter: default}, first line of the docstring)` for every registered name."""

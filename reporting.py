@@ -15,10 +15,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comparison import Comparison, all_match, average_over_cells, baselines, compare, mean, repetition_std
+from comparison import (
+    PAIRED,
+    Comparison,
+    all_match,
+    average_over_cells,
+    baselines,
+    compare,
+    mean,
+    paired_std,
+    repetition_std,
+)
 from metrics import SCHEMA_VERSION, spread
 from registry import MODES
-from result_frame import Result, failed, is_finite, load_results, successful, to_frame, unique, values
+from result_frame import (
+    Result,
+    failed,
+    is_finite,
+    load_results,
+    successful,
+    to_frame,
+    under_simulated_link,
+    unique,
+    values,
+)
 from result_tables import markdown_tables, print_tables, tables
 from utils import write_json
 
@@ -37,6 +57,7 @@ AVERAGES = {
     "average_stall_ms": "stall_ms",
     "average_stall_percent": "stall_percent",
     "average_cache_hit_rate": "hit_rate",
+    "average_cache_late_rate": "late_rate",
     "average_cache_miss_rate": "miss_rate",
     "average_prediction_accuracy": "accuracy",
     "average_prefetch_coverage": "coverage",
@@ -51,46 +72,81 @@ AVERAGES = {
     "average_power_w": "mean_power_w",
     "average_energy_j": "energy_j",
 }
+# Those whose spread stands beside them; `by_context` has the spread of all. Latency has its own `latency_std_ms`.
+SPREAD_AVERAGES = (
+    "average_tokens_per_second",
+    "average_stall_percent",
+    "average_cache_hit_rate",
+    "average_prediction_accuracy",
+)
 
 DEFINITIONS = {
-    "total_experiments": "Runs, also those that failed; each repetition at each context is one.",
+    "total_experiments": "Runs made, also those that failed; each repetition at each context is one.",
+    "planned_experiments": "Runs there were to be; an interrupted sweep made fewer. Null where it was not said.",
     "average_*": "Arithmetic mean over the successful runs of the mode or strategy, all contexts together.",
+    "std": "Standard deviation between repetitions, in the unit of the figure, pooled over context lengths; of the"
+    " successful_runs, or for a compared figure of the pairs that paired_* are.",
     "latency_ms": "TPOT = (E2E - TTFT) / (N - 1): decode time per token in milliseconds, for N tokens.",
     "latency_std_ms": "Standard deviation of latency between repetitions, pooled over context lengths.",
     "ttft_ms": "Time from start to first token in milliseconds: the prefill.",
     "tokens_per_second": "N / E2E of one sequence, prefill included; batch_tokens_per_second: x batch.",
-    "cache_hit_rate": "Hits / accesses in decode, 0 to 1; an access is a page wanted by a layer in a step.",
-    "cache_miss_rate": "(Late + misses) / accesses in decode, 0 to 1.",
+    "cache_hit_rate": "Hits / accesses in decode, 0 to 1; an access is a page wanted by a layer in a step, a hit one"
+    " that was there in time.",
+    "cache_late_rate": "Late / accesses in decode, 0 to 1; late is a page whose copy was already on its way and for"
+    " which computing had to wait.",
+    "cache_miss_rate": "Misses / accesses in decode, 0 to 1; a miss is a page whose copy was asked for only then.",
     "stall_percent": "100 x time compute waited for pages in decode / decode time.",
     "prediction_accuracy": "Useful / issued prefetches in decode, 0 to 1; useful: on time or late.",
     "prefetch_coverage": "Useful prefetches / (useful prefetches + misses), 0 to 1.",
     "prefetch_timeliness": "Prefetches on time / useful prefetches, 0 to 1.",
     "misprediction_cost_percent": "100 x bytes prefetched but dropped unused / bytes copied to the device.",
     "tpot_over_floor": "TPOT / max(compute per step, bytes that must move per step / link bandwidth).",
+    "*_mb": "MiB: 2^20 bytes.",
     "device_kv_mb": "Bytes of KV cache on the device, page pool and staging slots together, / 2^20.",
     "cell": "Runs of one workload (model, batch, generation settings, dtype, device) at one context length.",
     "latency_speedup_percent": "100 x (baseline latency_ms / latency_ms - 1), medians over the repetitions"
     " of a cell, averaged over cells; negative is slower.",
     "throughput_speedup_percent": "100 x (tokens_per_second / baseline tokens_per_second - 1), medians"
     " over the repetitions of a cell, averaged over cells.",
-    "*_reduction_percent": "100 x (1 - MB / baseline MB), medians over the repetitions of a cell, averaged.",
+    "*_reduction_percent": "100 x (1 - MiB / baseline MiB), medians over the repetitions of a cell, averaged.",
     "paired_speedup_percent": "latency_speedup_percent of each repetition against the baseline's same one.",
+    "paired_throughput_percent": "throughput_speedup_percent of each repetition against the baseline's same one.",
+    "link": "What pages travelled over, of each strategy that pages; null for one that does not.",
     "compared_with": "Of each workload the first baseline with a dynamic cache, else the first baseline.",
     "matches_baseline": "Whether all runs that were checked gave the baseline's tokens; null if none was.",
 }
+SIMULATED = (
+    "The link was simulated: real copies, delayed as a bus of that bandwidth and latency would delay them. Stall, hits,"
+    " lateness and whatever is derived from waiting (latency, tokens per second, speed-up, coverage, timeliness, floor)"
+    " are under that link, not measurements of a bus. Strategies: "
+)
 
 
 def write_summary(
-    folder: str | Path, duration_seconds: float | None = None, results: Iterable[Result] | None = None
+    folder: str | Path,
+    duration_seconds: float | None = None,
+    results: Iterable[Result] | None = None,
+    planned: int | None = None,
+    interrupted: bool = False,
 ) -> dict[str, Any]:
     """Write `experiment_summary.json`, for the results in the folder or those given, and return it."""
-    summary = summarise(folder if results is None else results, duration_seconds)
+    summary = summarise(folder if results is None else results, duration_seconds, planned, interrupted)
     write_json(Path(folder) / "experiment_summary.json", summary)
     return summary
 
 
-def summarise(source: str | Path | Iterable[Result], duration_seconds: float | None = None) -> dict[str, Any]:
-    """The summary of a folder or of results already read, as strict JSON: no NaN, null where missing."""
+def summarise(
+    source: str | Path | Iterable[Result],
+    duration_seconds: float | None = None,
+    planned: int | None = None,
+    interrupted: bool = False,
+) -> dict[str, Any]:
+    """The summary of a folder or of results already read, as strict JSON: no NaN, null where missing.
+
+    Args:
+        planned: how many runs there were to be, where that is known.
+        interrupted: whether the sweep was stopped before it made them all.
+    """
     results, problems = load_results(source) if isinstance(source, str | Path) else (source, [])
     frame = to_frame(results)
     mode_summaries = {mode: _averages(frame[frame["mode"] == mode]) for mode in MODES}
@@ -102,10 +158,17 @@ def summarise(source: str | Path | Iterable[Result], duration_seconds: float | N
             "total_experiments": len(frame),
             "successful_experiments": len(successful(frame)),
             "total_duration_seconds": duration_seconds,
+            "planned_experiments": planned,
+            "interrupted": interrupted,
         },
         "mode_summaries": mode_summaries,
         "strategy_summaries": {
-            strategy: {"mode": runs["mode"].iloc[0], **_averages(runs), "by_context": _by_context(runs)}
+            strategy: {
+                "mode": runs["mode"].iloc[0],
+                "link": "; ".join(unique(runs, "link")) or None,
+                **_averages(runs),
+                "by_context": _by_context(runs),
+            }
             for strategy, runs in frame.groupby("strategy", sort=False)
         },
         "comparative_analysis": comparative_analysis,
@@ -114,7 +177,7 @@ def summarise(source: str | Path | Iterable[Result], duration_seconds: float | N
         "failures": failures.to_dict("records"),
         "unreadable_files": problems,
         "not_measured": _not_measured(mode_summaries, comparative_analysis),
-        "definitions": DEFINITIONS,
+        "definitions": {**DEFINITIONS, **_simulated(frame)},
     }
     return _strict(summary)
 
@@ -126,8 +189,15 @@ def _averages(runs: pd.DataFrame) -> dict[str, Any]:
         "successful_runs": len(done),
         **{key: mean(done, column) for key, column in AVERAGES.items()},
         "latency_std_ms": repetition_std(done, "tpot_ms"),
+        "std": {key: repetition_std(done, AVERAGES[key]) for key in SPREAD_AVERAGES},
         "matches_baseline": all_match(done),
     }
+
+
+def _simulated(frame: pd.DataFrame) -> dict[str, str]:
+    """The definition of `simulated`, where some of the figures are."""
+    links = [f"{', '.join(strategies)} ({link})" for link, strategies in under_simulated_link(frame).items()]
+    return {"simulated": f"{SIMULATED}{'; '.join(links)}."} if links else {}
 
 
 def _by_context(runs: pd.DataFrame) -> list[dict[str, Any]]:
@@ -157,13 +227,18 @@ def _comparative_analysis(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _compared(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    return {"cells": len(comparisons), **average_over_cells(comparisons)}
+    stds = {figure: paired_std(comparisons, figure) for figure in PAIRED}
+    return {"cells": len(comparisons), **average_over_cells(comparisons), "std": stds}
 
 
 def _comparison_figures(comparison: Comparison) -> dict[str, Any]:
     figures = dataclasses.asdict(comparison)
     figures["paired_speedup_percent"] = spread(figures.pop("paired_speedups_percent"))
+    figures["paired_throughput_percent"] = spread(figures.pop("paired_gains_percent"))
     return figures
+
+
+NO_REPETITIONS = "no context has two successful repetitions, which a spread needs"
 
 
 def _not_measured(mode_summaries: dict[str, Any], comparative_analysis: dict[str, Any]) -> dict[str, str]:
@@ -172,9 +247,15 @@ def _not_measured(mode_summaries: dict[str, Any], comparative_analysis: dict[str
     for mode, figures in mode_summaries.items():
         for key in (key for key, value in figures.items() if value is None):
             reasons[f"mode_summaries.{mode}.{key}"] = _why_null(mode, key, figures["successful_runs"])
+        for key in (key for key, value in figures["std"].items() if value is None):
+            reason = NO_REPETITIONS if figures[key] is not None else reasons[f"mode_summaries.{mode}.{key}"]
+            reasons[f"mode_summaries.{mode}.std.{key}"] = reason
         compared = comparative_analysis.get(mode, {})
         for key in (key for key, value in compared.items() if value is None):
             reasons[f"comparative_analysis.{mode}.{key}"] = _why_not_compared(mode, compared["cells"])
+        for key in (key for key, value in compared.get("std", {}).items() if value is None):
+            reason = _why_not_compared(mode, compared["cells"]) if compared[key] is None else NO_REPETITIONS
+            reasons[f"comparative_analysis.{mode}.std.{key}"] = reason
     return reasons
 
 
@@ -184,7 +265,7 @@ def _why_null(mode: str, key: str, successful_runs: int) -> str:
     if mode == "baseline" and key == "matches_baseline":
         return "the baseline is what tokens are compared with"
     if key == "latency_std_ms":
-        return "no context has two successful repetitions, which a spread needs"
+        return NO_REPETITIONS
     if mode == "baseline" and any(word in key for word in ("cache", "stall", "host_kv", "floor")):
         return "the baseline does not page its cache"
     if mode != "predictive" and any(word in key for word in ("predict", "prefetch")):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # takes long to import, and whoever only asks for help should
 
 Result = Mapping[str, Any]
 
-BYTES_PER_MB = 2**20  # as GPU memory is counted
+BYTES_PER_MIB = 2**20  # as GPU memory is counted
 
 # The fields that make a workload. The seed is left out: it differs between the repetitions of a sampled run, which
 # belong together.
@@ -104,6 +104,7 @@ _TEXT = {
     "model": "spec.model_name",
     "cache_implementation": "spec.cache_implementation",
     "clamp_reason": "context.reason",
+    "link_kind": "cache.link.kind",
     "error": "error",
 }
 _COUNTS = {
@@ -129,6 +130,7 @@ _NUMBERS = {
     "stall_ms": "cache.stall_ms",
     "stall_percent": "cache.stall_percent",
     "hit_rate": "cache.hit_rate",
+    "late_rate": "cache.late_rate",
     "miss_rate": "cache.miss_rate",
     "tpot_over_floor": "cache.floor.tpot_over_floor",
     "accuracy": "prefetch.accuracy",
@@ -161,7 +163,7 @@ def to_frame(results: Iterable[Result]) -> pd.DataFrame:
 
     The columns are those named above, and `strategy` (its label), `status`, `workload`, `context_tokens` (what the
     prompt had, or, for a run that did not get so far, was to have), `prefetch_hit_rate`, and `link` and `machine` in
-    words. Rates are fractions; a MB has 2^20 bytes.
+    words. Rates are fractions; `_mb` is MiB, 2^20 bytes.
     """
     import pandas as pd
 
@@ -172,7 +174,7 @@ def to_frame(results: Iterable[Result]) -> pd.DataFrame:
         ("workload", _workload, "string"),
         ("context_tokens", context_tokens, "Int64"),
         ("prefetch_hit_rate", _prefetch_hit_rate, "Float64"),
-        ("link", _describe_link, "string"),
+        ("link", describe_link, "string"),
         ("machine", _describe_machine, "string"),
     ):
         columns[name] = pd.array([read(result) for result in results], dtype=dtype)
@@ -243,11 +245,11 @@ def context_tokens(result: Result) -> int | None:
 
 
 def _prefetch_hit_rate(result: Result) -> float | None:
-    """Prefetched pages that were there before they were wanted / prefetches issued."""
+    """Prefetched pages that were there in time, so that nothing waited for them / prefetches issued."""
     return ratio(_number(result, "prefetch.on_time"), _number(result, "prefetch.issued"))
 
 
-def _describe_link(result: Result) -> str | None:
+def describe_link(result: Result) -> str | None:
     """`simulated pcie3-x16, 15.75 GB/s`, as far as it is known."""
     kind, name = _text(result, "cache.link.kind"), _text(result, "cache.link.name")
     words = " ".join(dict.fromkeys(word for word in (kind, name) if word))
@@ -294,7 +296,7 @@ def _count(result: Result, path: str) -> int | None:
 
 
 def _megabytes(result: Result, path: str) -> float | None:
-    return ratio(_number(result, path), BYTES_PER_MB)
+    return ratio(_number(result, path), BYTES_PER_MIB)
 
 
 def _flag(result: Result, path: str) -> bool | None:
@@ -323,6 +325,12 @@ def failed(frame: pd.DataFrame) -> pd.DataFrame:
 def unique(frame: pd.DataFrame, column: str) -> list[Any]:
     """The values of a column that are there, in order of appearance."""
     return list(dict.fromkeys(frame[column].dropna()))
+
+
+def under_simulated_link(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """Simulated link, in words -> the strategies whose pages travelled over it."""
+    runs = frame[frame["link_kind"].eq("simulated").fillna(False)]
+    return {link: unique(over_link, "strategy") for link, over_link in runs.groupby("link", sort=False)}
 
 
 def values(frame: pd.DataFrame, column: str) -> list[float]:

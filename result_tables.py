@@ -4,18 +4,28 @@ A table is made of finished text before it is known where it is shown, so both f
 stand in a row is written down once, in `CELLS`: heading -> text of a `Row`, which is one strategy, at one context
 length or over all. A table is then a title, some headings, its rows, and a caption that says what they mean.
 
-Every average stands beside its n, and its spread where it has one. What was not measured is an em dash.
+Every average stands beside its n. Its spread stands beside it too, or, where 80 columns leave no room, the largest of
+its column in the caption (`SPREADS`). What was not measured is an em dash.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from comparison import Comparison, all_match, average_over_cells, baselines, compare, mean, repetition_std
-from result_frame import describe_setting, failed, successful, unique, values
+from comparison import (
+    Comparison,
+    all_match,
+    average_over_cells,
+    baselines,
+    compare,
+    mean,
+    paired_std,
+    repetition_std,
+)
+from result_frame import describe_setting, failed, successful, under_simulated_link, unique, values
 
 if TYPE_CHECKING:  # both take long to import, and `main.py --help` should not wait for them
     import pandas as pd
@@ -116,10 +126,20 @@ class Row:
         return DASH if share is None else f"{100.0 * share:.1f}"
 
     def mean_and_std(self, column: str) -> str:
-        average, std = mean(self.runs, column), repetition_std(self.runs, column)
+        average, std = mean(self.runs, column), self.std(column)
         if average is None or std is None:
             return _number_text(average)
         return f"{_number_text(average)} ± {std:.{_decimals(average)}f}"
+
+    def std(self, column: str) -> float | None:
+        return repetition_std(self.runs, column)
+
+    def std_percent(self, column: str) -> float | None:
+        std = self.std(column)
+        return None if std is None else 100.0 * std
+
+    def std_compared(self, figure: str) -> float | None:
+        return paired_std(self.comparisons, figure)
 
     def compared(self, figure: str) -> str:
         if self.is_reference:
@@ -141,13 +161,15 @@ def _decimals(value: float) -> int:
     return 2 if abs(value) < 9.995 else 1 if abs(value) < 999.95 else 0
 
 
-def _rows(frame: pd.DataFrame, by_context: bool) -> Iterable[Row]:
+def _rows(frame: pd.DataFrame, by_context: bool) -> list[Row]:
+    rows = []
     comparisons, references = compare(frame), set(baselines(frame).values())
     for context in sorted(unique(frame, "context_tokens")) if by_context else [None]:
         in_context = frame if context is None else frame[frame["context_tokens"] == context]
         for strategy, started in in_context.groupby("strategy", sort=False):
             own = [c for c in comparisons if c.strategy == strategy and context in (None, c.context_tokens)]
-            yield Row(strategy, str(context), len(started), successful(started), strategy in references, own)
+            rows.append(Row(strategy, str(context), len(started), successful(started), strategy in references, own))
+    return rows
 
 
 # Heading -> what stands below it.
@@ -163,11 +185,11 @@ CELLS: dict[str, Callable[[Row], str]] = {
     "stall\n%": lambda row: row.mean("stall_percent"),
     "hit\nrate %": lambda row: row.mean_percent("hit_rate"),
     "same\ntokens": lambda row: {None: DASH, True: "yes", False: "no"}[all_match(row.runs)],
-    "GPU\nMB": lambda row: row.mean("gpu_memory_mb"),
+    "GPU\nMiB": lambda row: row.mean("gpu_memory_mb"),
     "GPU\nsaved %": lambda row: row.compared("gpu_memory_reduction_percent"),
-    "device\nKV MB": lambda row: row.mean("device_kv_mb"),
+    "device\nKV MiB": lambda row: row.mean("device_kv_mb"),
     "KV\nsaved %": lambda row: row.compared("device_kv_reduction_percent"),
-    "host\nKV MB": lambda row: row.mean("host_kv_mb"),
+    "host\nKV MiB": lambda row: row.mean("host_kv_mb"),
     "page size\nx budget": Row.page_budget,
     "issued\na run": lambda row: row.mean("prefetch_issued"),
     "prefetch\nhits %": lambda row: row.mean_percent("prefetch_hit_rate"),
@@ -178,8 +200,48 @@ CELLS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _table(title: str, headings: tuple[str, ...], rows: Iterable[Row], caption: str) -> Table:
-    return Table(title, headings, [tuple(CELLS[heading](row) for heading in headings) for row in rows], caption)
+# Heading -> unit and name of its figures, and a row's std between repetitions.
+SPREADS: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
+    "prefill\nms": (" ms", "prefill", lambda row: row.std("ttft_ms")),
+    "speed-up\n%": (" points", "speed-up (paired)", lambda row: row.std_compared("latency_speedup_percent")),
+    "tokens\nper s": ("", "tokens per s", lambda row: row.std("tokens_per_second")),
+    "tok/s\ngain %": (" points", "gain (paired)", lambda row: row.std_compared("throughput_speedup_percent")),
+    "stall\n%": (" points", "stall", lambda row: row.std("stall_percent")),
+    "hit\nrate %": (" points", "hit rate", lambda row: row.std_percent("hit_rate")),
+    "GPU\nMiB": (" MiB", "GPU", lambda row: row.std("gpu_memory_mb")),
+    "device\nKV MiB": (" MiB", "device KV", lambda row: row.std("device_kv_mb")),
+    "host\nKV MiB": (" MiB", "host KV", lambda row: row.std("host_kv_mb")),
+    "issued\na run": ("", "pages issued", lambda row: row.std("prefetch_issued")),
+    "prefetch\nhits %": (" points", "prefetch hits", lambda row: row.std_percent("prefetch_hit_rate")),
+    "accuracy\n%": (" points", "accuracy", lambda row: row.std_percent("accuracy")),
+    "coverage\n%": (" points", "coverage", lambda row: row.std_percent("coverage")),
+    "timeliness\n%": (" points", "timeliness", lambda row: row.std_percent("timeliness")),
+    "mispred.\ncost %": (" points", "mispred. cost", lambda row: row.std("misprediction_cost_percent")),
+}
+
+
+def _table(title: str, headings: tuple[str, ...], rows: Sequence[Row], caption: str) -> Table:
+    body = [tuple(CELLS[heading](row) for heading in headings) for row in rows]
+    return Table(title, headings, body, caption + _spread_note(headings, rows))
+
+
+def _spread_note(headings: tuple[str, ...], rows: Sequence[Row]) -> str:
+    """The largest spread of each column that shows none beside its figures."""
+    largest, same = [], []
+    for unit, name, std_of in (SPREADS[heading] for heading in headings if heading in SPREADS):
+        stds = [std for std in map(std_of, rows) if std is not None]
+        if any(stds):
+            largest.append(f"{_std_text(max(stds))}{unit} for {name}")
+        elif stds:
+            same.append(name)
+    notes = [", ".join(largest)] if largest else []
+    notes += [f"0 for {', '.join(same)}"] if same else []
+    return f" Std between repetitions at most {'; '.join(notes)}." if notes else ""
+
+
+def _std_text(std: float) -> str:
+    """One decimal; a spread too small for it is not shown as none."""
+    return "<0.1" if std < 0.05 else f"{std:.{1 if std < 99.95 else 0}f}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,8 +255,9 @@ def strategy_table(frame: pd.DataFrame) -> Table:
         "Strategies: decode latency in ms per token (mean ± std of n runs)",
         (*columns, "mispred.\ncost %", "same\ntokens"),
         _rows(frame, by_context=False),
+        f"{describe_setting(frame)}\n"
         f"Over all contexts, std between repetitions; speed-up against {_reference_names(frame)}."
-        f"{_coverage_note(frame)}\n{describe_setting(frame)}",
+        f"{_coverage_note(frame)}{_link_note(frame)}",
     )
 
 
@@ -205,16 +268,16 @@ def context_table(frame: pd.DataFrame) -> Table:
         (*columns, "stall\n%", "hit\nrate %"),
         _rows(frame, by_context=True),
         f"Speed-up: of decode. Gain: of tokens/s, prefill included. Both against {_reference_names(frame)}."
-        f"{_clamp_note(frame)}",
+        f"{_clamp_note(frame)}{_link_note(frame)}",
     )
 
 
 def memory_table(frame: pd.DataFrame) -> Table:
-    columns = "context\ntokens", "strategy", "n", "GPU\nMB", "GPU\nsaved %", "device\nKV MB", "KV\nsaved %"
+    columns = "context\ntokens", "strategy", "n", "GPU\nMiB", "GPU\nsaved %", "device\nKV MiB", "KV\nsaved %"
     used_gpu = bool(values(frame, "gpu_memory_mb"))
     return _table(
-        "Memory in MB of 2^20 bytes (mean of n runs)",
-        (*columns, "host\nKV MB", "page size\nx budget"),
+        "Memory in MiB, 2^20 bytes (mean of n runs)",
+        (*columns, "host\nKV MiB", "page size\nx budget"),
         _rows(successful(frame), by_context=True),
         f"Saved: compared with {_reference_names(frame)}. Device KV: page pool and staging slots together."
         " Page size x budget: tokens a page x pages per layer and sequence."
@@ -229,9 +292,9 @@ def prediction_table(frame: pd.DataFrame) -> Table:
         "Prediction in decode, counted in pages (mean of n runs over all contexts)",
         (*columns, "mispred.\ncost %"),
         _rows(done[done["prefetch_issued"].notna()], by_context=False),
-        "Prefetch hits: there before they were wanted / issued. Accuracy: wanted / issued. Coverage: wanted"
-        " / (wanted + misses). Timeliness: there in time / wanted. Misprediction cost: bytes copied in and not used"
-        " / all bytes copied in.",
+        "Prefetch hits: there in time, so that computing did not wait / issued. Accuracy: wanted / issued."
+        " Coverage: wanted / (wanted + misses). Timeliness: there in time / wanted. Misprediction cost: bytes"
+        f" copied in and not used / all bytes copied in.{_link_note(done[done['prefetch_issued'].notna()])}",
     )
 
 
@@ -246,6 +309,15 @@ def failure_table(frame: pd.DataFrame) -> Table:
 
 def _reference_names(frame: pd.DataFrame) -> str:
     return ", ".join(dict.fromkeys(baselines(frame).values())) or "a baseline that succeeded (there is none)"
+
+
+def _link_note(frame: pd.DataFrame) -> str:
+    """Whose figures are modelled, as far as a link delayed the copies."""
+    links = under_simulated_link(frame).items()
+    return "".join(
+        f" Figures of {', '.join(strategies)} are under a simulated link ({link.removeprefix('simulated ')})."
+        for link, strategies in links
+    )
 
 
 def _coverage_note(frame: pd.DataFrame) -> str:

@@ -1,17 +1,18 @@
 """Single runs, token by token, layer by layer, step by step: what an average hides.
 
 Each figure draws the run that says most about its strategy, the first successful one at its longest context
-(`longest_runs`), and gives the strategy the colour that it has in `plots.comparison_figure`.
+(`longest_runs`), and gives the strategy the colour that it has in `plots.comparison_figure`. Where pages travelled over
+a simulated link, the title says so: waiting, lateness and time are then that link's.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from plots import COLOURS, INK, clear_frame, legend_below, strategy_styles
-from result_frame import Result, context_tokens, dig, mode_rank, strategy_labels
+from result_frame import Result, context_tokens, describe_link, dig, mode_rank, strategy_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +31,10 @@ def longest_runs(results: Sequence[Result]) -> dict[str, Result]:
 
 def latency_trace_figure(results: Sequence[Result]) -> Figure:
     """The time of every token after the first, one line per strategy, at its longest context."""
-    figure, axis = _single_axis("Time of each token", "token", "ms since the token before")
-    styles = _styles_of(results)
-    for name, run in longest_runs(results).items():
+    styles, chosen = _styles_of(results), longest_runs(results)
+    title = f"Time of each token{_link_words(chosen.values())}"
+    figure, axis = _single_axis(title, "token", "ms since the token before")
+    for name, run in chosen.items():
         times_ms = dig(run, "timing.itl_ms") or []
         label = f"{name}, {context_tokens(run):,} tokens of context"
         axis.plot(range(2, len(times_ms) + 2), times_ms, color=styles[name]["color"], linewidth=1.6, label=label)
@@ -43,9 +45,9 @@ def latency_trace_figure(results: Sequence[Result]) -> Figure:
 
 def layer_figure(results: Sequence[Result]) -> Figure:
     """The decode hit rate of every paged layer, one line per strategy that pages, at its longest context."""
-    figure, axis = _single_axis("Hit rate by layer", "layer", "% of accesses")
-    styles = _styles_of(results)
-    for name, run in longest_runs(results).items():
+    styles, chosen = _styles_of(results), longest_runs(results)
+    figure, axis = _single_axis(f"Hit rate by layer{_link_words(chosen.values())}", "layer", "% of accesses")
+    for name, run in chosen.items():
         layers = [layer for layer in dig(run, "cache.by_layer") or [] if layer["accesses"]]
         if layers:
             places = [layer["layer"] for layer in layers]
@@ -62,16 +64,23 @@ def _styles_of(results: Sequence[Result]) -> dict[str, dict[str, str]]:
     return strategy_styles(list(dict.fromkeys(strategy_labels(sorted(results, key=mode_rank)))))
 
 
+def _link_words(runs: Iterable[Result]) -> str:
+    """What a title adds where pages travelled over a simulated link."""
+    links = dict.fromkeys(describe_link(run) for run in runs if dig(run, "cache.link.kind") == "simulated")
+    return f" (link: {'; '.join(links)})" if links else ""
+
+
 def step_figure(name: str, run: Result) -> Figure:
     """Where the wanted pages were at each decode step, and what became of prefetched ones."""
     steps = [step for step in run.get("steps") or [] if step["phase"] == "decode"]
-    figure, axis = _single_axis(f"Pages wanted at each step: {name}", "decode step", "pages, all layers")
+    title = f"Pages wanted at each step: {name}{_link_words([run])}"
+    figure, axis = _single_axis(title, "decode step", "pages, all layers")
     axis.margins(x=0.01)
     places, floor = range(1, len(steps) + 1), [0] * len(steps)
     for key, label, colour in (
-        ("hits", "hit: there when wanted", COLOURS[5]),
-        ("late", "late: still on its way", COLOURS[7]),
-        ("misses", "miss: asked for then and there", COLOURS[6]),
+        ("hits", "hit: there in time", COLOURS[5]),
+        ("late", "late: on its way, computing had to wait", COLOURS[7]),
+        ("misses", "miss: asked for only then", COLOURS[6]),
     ):
         heights = [step[key] for step in steps]
         axis.bar(places, heights, 1.0, bottom=floor, color=colour, label=label, zorder=2)

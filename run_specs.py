@@ -15,28 +15,53 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class PagingSpec:
-    """How the KV cache is paged. Page counts are per layer and per sequence.
+class Paging:
+    """How a KV cache is paged. Page counts are per layer and per sequence.
 
-    `policy` and `selector` are a name, or a mapping with `name` and parameters; `link` is a name, or a
-    mapping with `bandwidth_gb_s` and `latency_us`. Mappings stay plain dicts, fit for `Registry.create` and
-    JSON; nobody changes one.
+    Attributes:
+        page_size: positions in a page.
+        max_gpu_pages: most pages that are resident on the device.
+        staging_pages: slots on top of that, for pages on their way.
+        policy: a registered name, `"module:Class"`, or a mapping with `name` and parameters; `selector` likewise.
+        sink_pages, recent_pages: first and last pages that are always resident; the open page is the most recent.
+        link: a name, or a mapping with `bandwidth_gb_s` and `latency_us`; see links.py.
+
+    Mappings stay plain dicts, fit for `Registry.create` and JSON; nobody changes one.
+
+    Raises:
+        ValueError: the budget cannot hold the pinned pages and one more, or a count, name or parameter is wrong.
     """
 
-    page_size: int
-    max_gpu_pages: int
-    staging_pages: int
-    policy: str | dict[str, Any]
-    selector: str | dict[str, Any]
-    sink_pages: int
-    recent_pages: int
-    link: str | dict[str, Any]
+    page_size: int = 256
+    max_gpu_pages: int = 8
+    staging_pages: int = 6
+    policy: str | Mapping[str, Any] = "lru"
+    selector: str | Mapping[str, Any] = "all"
+    sink_pages: int = 1
+    recent_pages: int = 1
+    link: str | Mapping[str, Any] = "auto"
+
+    def __post_init__(self):
+        for name in ("page_size", "max_gpu_pages", "staging_pages", "recent_pages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        needed = self.sink_pages + self.recent_pages + 1
+        if self.max_gpu_pages < needed:
+            raise ValueError(
+                f"max_gpu_pages={self.max_gpu_pages} cannot hold sink_pages={self.sink_pages}, recent_pages="
+                f"{self.recent_pages} and one page more; it must be at least {needed}"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Device slots of one layer of one sequence."""
+        return self.max_gpu_pages + self.staging_pages
 
 
 @dataclass(frozen=True)
@@ -79,8 +104,9 @@ class RunSpec:
     warmup_runs: int
     prefill_chunk_size: int | None
     cache_implementation: str | None = None
-    paging: PagingSpec | None = None
+    paging: Paging | None = None
     prefetch: PrefetchSpec | None = None
+    prompt_sha256: str | None = None
 
     def __hash__(self) -> int:
         """By `run_id`, because a mapping among the parameters has no hash of its own."""
@@ -116,14 +142,13 @@ class RunSpec:
     @property
     def model_key(self) -> tuple:
         """The fields that decide how the model is loaded: runs that share them can share one loaded model."""
-        return (
-            self.model_name,
-            self.dtype,
-            self.device,
-            self.device_map,
-            self.quantization,
-            self.trust_remote_code,
-        )
+        return tuple(self.model_options.values())
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """The arguments of `models.load_model` for this run."""
+        names = ("model_name", "dtype", "device", "device_map", "quantization", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def reference_key(self) -> tuple:
@@ -145,6 +170,7 @@ class RunSpec:
             self.top_p,
             self.top_k,
             self.stop_at_eos,
+            self.prompt_sha256,
         )
 
     @property

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from inference_baseline import failed_run
+from generation import failed_run
 from metrics import RunResult
 from models import LoadedModel, load_model
 from planning import PlannedRun, fit_positions
@@ -77,7 +77,7 @@ class Sweep:
         self.watcher.loading(specs[0].model_name)
         log.info("loading %s for %d runs", specs[0].model_name, len(specs))
         try:
-            model = _load(specs[0])
+            model = load_model(**specs[0].model_options)
         except Exception as error:
             log.exception("loading %s failed", specs[0].model_name)
             for spec in specs:
@@ -86,39 +86,42 @@ class Sweep:
         for spec in specs:
             self._run_one(spec, model)
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _give_back_memory()
 
     def _run_one(self, spec: RunSpec, model: LoadedModel) -> None:
         self.watcher.started(spec)
         try:
             spec, notes = fit_positions(spec, model.shape)
             for note in notes:
-                log.warning("%s: %s", spec.slug, note)
+                log.info("%s: %s", spec.slug, note)
             result = MODES.load(spec.mode)(
                 spec, model, reference=self._baseline_tokens.get(spec.reference_key), on_token=self.watcher.token
             )
         except Exception as error:
             log.exception("%s failed", spec.slug)
             result = failed_run(spec, error)
+            _give_back_memory()
         if result.ok and spec.is_reference:
             self._baseline_tokens.setdefault(spec.reference_key, result.tokens["ids"])
+        if result.ok and result.quality["matches_baseline"] is False:
+            log.warning(
+                "%s: tokens differ from the baseline's, first at %s", spec.slug, result.quality["first_divergent_token"]
+            )
         self._keep(spec, result)
 
     def _keep(self, spec: RunSpec, result: RunResult) -> None:
-        write_json(self.output / f"{spec.slug}.json", result.to_dict())
         self.results.append(result)
+        try:
+            write_json(self.output / f"{spec.slug}.json", result.to_dict())
+        except (OSError, ValueError) as error:  # a full disk, or a figure that is no number
+            log.exception("%s could not be written", spec.slug)
+            result.status, result.error = "error", f"measured, but not written: {error}"
         log.info("%s: %s", spec.slug, result.status)
         self.watcher.finished(result)
 
 
-def _load(spec: RunSpec) -> LoadedModel:
-    return load_model(
-        spec.model_name,
-        dtype=spec.dtype,
-        device=spec.device,
-        device_map=spec.device_map,
-        quantization=spec.quantization,
-        trust_remote_code=spec.trust_remote_code,
-    )
+def _give_back_memory() -> None:
+    """Free what nothing refers to any more, on the device too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -71,7 +71,7 @@ run_plots.latency_trace_figure(results)
 # %% [markdown]
 # ## Hit rate by layer
 #
-# How often a page was on the device when its layer wanted it. With exact attention every layer wants every
+# How often a layer had a page without waiting for it to come. With exact attention every layer wants every
 # page, so reactive paging draws a flat line at budget / pages; what is above it, prefetching brought in time.
 
 # %%

@@ -38,6 +38,25 @@ def tiny_llama():
 
 
 @pytest.fixture
+def most_pages(monkeypatch):
+    """The most pages of one page table that were `"resident"`, and `"on_device"` (staged ones too), at any time."""
+    from page_table import PageTable
+
+    most = {"resident": 0, "on_device": 0}
+    for verb in ("stage", "admit", "open"):
+        original = getattr(PageTable, verb)
+
+        def counted(table, *arguments, original=original):
+            result = original(table, *arguments)
+            most["resident"] = max(most["resident"], len(table.resident))
+            most["on_device"] = max(most["on_device"], len(table.resident) + len(table.staged))
+            return result
+
+        monkeypatch.setattr(PageTable, verb, counted)
+    return most
+
+
+@pytest.fixture
 def logging_restored():
     """For tests of commands: takes away again what they do to the root logger."""
     root = logging.getLogger()

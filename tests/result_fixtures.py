@@ -19,7 +19,7 @@ PAGED = {
     "link": "auto",
 }
 LINK = {"kind": "simulated", "name": "pcie3-x16", "bandwidth_gb_s": 15.75, "latency_us": 10.0}
-MB = 2**20
+MIB = 2**20
 MEASURED = (
     "environment",
     "model",
@@ -75,9 +75,9 @@ def make_result(mode="baseline", context=500, repetition=0, tpot_ms=100.0, ttft_
         "memory": {
             "gpu_memory_mb": None,
             "gpu_peak_mb": None,
-            "device_kv_bytes": 80 * MB if mode == "baseline" else 40 * MB,
-            "staging_bytes": None if mode == "baseline" else 10 * MB,
-            "host_kv_bytes": None if mode == "baseline" else 80 * MB,
+            "device_kv_bytes": 80 * MIB if mode == "baseline" else 40 * MIB,
+            "staging_bytes": None if mode == "baseline" else 10 * MIB,
+            "host_kv_bytes": None if mode == "baseline" else 80 * MIB,
         },
         "power": {"mean_power_w": None, "energy_j": None},
         "cache": None if mode == "baseline" else make_cache(n_tokens - 1),
@@ -90,7 +90,8 @@ def make_result(mode="baseline", context=500, repetition=0, tpot_ms=100.0, ttft_
 def make_cache(n_steps):
     return {
         "hit_rate": 0.75,
-        "miss_rate": 0.25,
+        "late_rate": 0.05,
+        "miss_rate": 0.2,
         "stall_ms": 50.0,
         "stall_percent": 5.0,
         "link": dict(LINK),

@@ -8,7 +8,7 @@ import pytest
 from result_fixtures import make_failure, make_result, make_sweep
 
 import reporting
-from comparison import baselines, compare, repetition_std
+from comparison import baselines, compare, paired_std, repetition_std
 from metrics import spread
 from result_frame import to_frame
 
@@ -52,6 +52,26 @@ def test_the_spread_of_a_speedup_is_that_of_pairs_run_side_by_side():
     (comparison,) = compare(to_frame(baseline + reactive))
     assert comparison.paired_speedups_percent == pytest.approx((25.0, 25.0))
     assert spread(comparison.paired_speedups_percent)["std"] == pytest.approx(0.0)
+
+
+def test_the_spread_of_a_gain_in_tokens_per_second_is_that_of_pairs_too():
+    # E2E = TTFT + 10 x TPOT. Repetition 0: 2000 / 1600 = +25 %. Repetition 1, twice as slow for both: the same.
+    baseline = [make_result(), make_result(repetition=1, tpot_ms=200.0, ttft_ms=2000.0)]
+    reactive = [make_result("reactive", tpot_ms=60.0)]
+    reactive.append(make_result("reactive", repetition=1, tpot_ms=120.0, ttft_ms=2000.0))
+    (comparison,) = compare(to_frame(baseline + reactive))
+    assert comparison.paired_gains_percent == pytest.approx((25.0, 25.0))
+
+
+def test_the_spread_of_paired_speedups_is_pooled_over_cells():
+    # At 500 tokens +25 and +0 % (variance 312.5), at 1000 -50 and -50 % (variance 0): sqrt(312.5 / 2) = 12.5.
+    baseline = [make_result(context=c, repetition=r) for c in (500, 1000) for r in (0, 1)]
+    times_ms = {(500, 0): 80.0, (500, 1): 100.0, (1000, 0): 200.0, (1000, 1): 200.0}
+    reactive = [make_result("reactive", context=c, repetition=r, tpot_ms=t) for (c, r), t in times_ms.items()]
+    comparisons = compare(to_frame(baseline + reactive))
+    assert paired_std(comparisons, "latency_speedup_percent") == pytest.approx(12.5)
+    assert paired_std(comparisons[:0], "latency_speedup_percent") is None
+    assert paired_std(comparisons, "device_kv_reduction_percent") is None
 
 
 def test_cells_are_compared_first_and_averaged_after():

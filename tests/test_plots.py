@@ -77,6 +77,26 @@ def test_where_no_run_succeeded_there_is_no_plot(tmp_path):
         plots.comparison_figure(frame)
 
 
+def test_a_plot_of_an_earlier_sweep_does_not_pass_for_one_in_which_no_run_succeeded(tmp_path):
+    earlier = plots.save_plots(to_frame([make_result()]), tmp_path)
+    assert earlier.exists()
+    assert plots.save_plots(to_frame([make_failure(make_result())]), tmp_path) is None
+    assert not earlier.exists()
+
+
+def test_every_figure_of_a_simulated_link_says_so():
+    results = [make_result(), make_result("predictive")]
+    for figure in (
+        run_plots.latency_trace_figure(results),
+        run_plots.layer_figure(results),
+        run_plots.step_figure("predictive", results[1]),
+    ):
+        assert "simulated pcie3-x16, 15.75 GB/s" in figure.axes[0].get_title(loc="left").replace("\n", " ")
+    (_, words) = plots.comparison_figure(to_frame(results)).texts
+    assert "simulated pcie3-x16, 15.75 GB/s" in words.get_text().replace("\n", " ")
+    assert "link" not in run_plots.latency_trace_figure(results[:1]).axes[0].get_title(loc="left")
+
+
 def test_traces_show_the_first_run_at_the_longest_context():
     runs = run_plots.longest_runs(make_sweep())
     assert {name: (run["spec"]["context_length"], run["spec"]["repetition"]) for name, run in runs.items()} == {

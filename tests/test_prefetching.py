@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_models import CONFIGS, continue_prompt, make_model, make_prompt
+from tiny_models import CONFIGS, Prompt, continue_prompt, make_model, make_prompt
+from transformers import DynamicCache
 
-import page_table
-from page_predictors import LastStep, LayerAhead, NoPrediction
+from page_policies import LRU
+from page_predictors import DeafPredictor, LastStep, LayerAhead
 from page_store import PageStore
+from page_table import PageTable
 from predictive_prefetch import PrefetchingKVCache
 from registry import PREDICTORS
 
@@ -18,7 +21,7 @@ SMALL = {"page_size": 16, "max_gpu_pages": 3, "staging_pages": 2, "link": "memor
 
 
 @dataclass(frozen=True)
-class Nonsense(NoPrediction):
+class Nonsense(DeafPredictor):
     """Predicts pages that do not exist, duplicates, and in the wrong order."""
 
     def predict(self, layer, step):
@@ -26,7 +29,7 @@ class Nonsense(NoPrediction):
 
 
 @dataclass(frozen=True)
-class Backwards(NoPrediction):
+class Backwards(DeafPredictor):
     """Always predicts the oldest pages, of all layers alike."""
 
     def predict(self, layer, step):
@@ -48,9 +51,10 @@ def llama():
 
 def prefetched_tokens(model, prompt, **options):
     """Tokens with a prefetching cache, and the cache."""
+    new_tokens = options.pop("new_tokens", 24)
     cache = PrefetchingKVCache(model.config, **{"prefetch_k": 2} | SMALL | options)
     with cache.attached(model):
-        return continue_prompt(model, prompt, past_key_values=cache), cache
+        return continue_prompt(model, prompt, new_tokens, past_key_values=cache), cache
 
 
 @pytest.mark.parametrize("predictor", PREDICTOR_CHOICES)
@@ -88,40 +92,81 @@ def test_no_prediction_is_reactive_paging(llama):
 
 
 @pytest.mark.parametrize("predictor", PREDICTOR_CHOICES)
-def test_nothing_is_copied_that_is_on_the_device(llama, predictor, monkeypatch):
-    """A fetch into a slot is only ever for a page that no slot held when the copy was asked for."""
-    held_already = []
-    original = page_table.PageTable.stage
+def test_nothing_is_copied_that_is_on_the_device_or_on_its_way(llama, predictor, monkeypatch):
+    """Against a naive record of pages, kept apart from the page table's: a page is there from the moment its copy is
+    asked for, or the policy is told of it, until the policy is told that it is gone, or its copy is given up."""
+    cache = PrefetchingKVCache(llama.config, **SMALL, prefetch_k=2, predictor=predictor)
+    there, copied_again, n_copied = defaultdict(set), [], 0
 
-    def stage(table, page, pinned):
-        held_already.append(table.slot(page) is not None)
-        return original(table, page, pinned)
+    def before(cls, verb, note):
+        original = getattr(cls, verb)
+        monkeypatch.setattr(cls, verb, lambda self, *given: note(self, *given) or original(self, *given))
 
-    monkeypatch.setattr(page_table.PageTable, "stage", stage)
-    fetched = []
-    fetch = PageStore.fetch
-    monkeypatch.setattr(PageStore, "fetch", lambda store, pages: fetched.extend(pages) or fetch(store, pages))
-    prefetched_tokens(llama, make_prompt(100), predictor=predictor)
-    assert len(held_already) == len(fetched) > 0
-    assert not any(held_already)
+    def note_fetch(store, pages):
+        nonlocal n_copied
+        (layer,) = (layer for layer in cache.paged_layers if layer.store is store)
+        for _, host_row in pages:
+            page, row = divmod(host_row, len(layer.sequences))
+            pages_there = there[id(layer.sequences[row].table.policy)]
+            if page in pages_there:
+                copied_again.append((layer.layer_idx, row, page))
+            pages_there.add(page)
+            n_copied += 1
+
+    before(PageStore, "fetch", note_fetch)
+    before(LRU, "insert", lambda policy, page: there[id(policy)].add(page))
+    before(LRU, "remove", lambda policy, page: there[id(policy)].remove(page))
+    before(PageTable, "unstage", lambda table, page: there[id(table.policy)].remove(page))
+    with cache.attached(llama):
+        continue_prompt(llama, make_prompt(100, batch=2), past_key_values=cache)
+    assert n_copied == sum(cache.recorder.snapshot(phase)["h2d_pages"] for phase in ("prefill", "decode")) > 0
+    assert not copied_again
 
 
 @pytest.mark.parametrize("predictor", PREDICTOR_CHOICES)
-def test_the_budget_is_never_exceeded(llama, predictor, monkeypatch):
-    most = {"resident": 0, "on_device": 0}
-    for name in ("stage", "admit", "open"):
-        original = getattr(page_table.PageTable, name)
-
-        def counted(table, *arguments, original=original):
-            result = original(table, *arguments)
-            most["resident"] = max(most["resident"], len(table.resident))
-            most["on_device"] = max(most["on_device"], len(table.resident) + len(table.staged))
-            return result
-
-        monkeypatch.setattr(page_table.PageTable, name, counted)
+def test_the_budget_is_never_exceeded(llama, predictor, most_pages):
     prefetched_tokens(llama, make_prompt(150), predictor=predictor)
-    assert most["resident"] == SMALL["max_gpu_pages"]
-    assert most["on_device"] <= SMALL["max_gpu_pages"] + SMALL["staging_pages"]
+    assert most_pages["resident"] == SMALL["max_gpu_pages"]
+    assert most_pages["on_device"] <= SMALL["max_gpu_pages"] + SMALL["staging_pages"]
+
+
+@pytest.mark.parametrize("predictor", ["layer_ahead", "last_step"])
+def test_on_a_slow_link_pages_are_late_and_tokens_are_the_same(llama, predictor):
+    """A page of 4 KiB takes 10 ms, far longer than a layer. Even if no copy overlapped another, the 5 decode steps of 2
+    layers, in each of which at most 5 of 7 pages move (and 2 more may be prefetched in vain), would take 0.7 s."""
+    prompt = make_prompt(100)
+    link = {"bandwidth_gb_s": 4096e-9 / 0.010, "latency_us": 0}
+    tokens, cache = prefetched_tokens(llama, prompt, predictor=predictor, link=link, new_tokens=6)
+    decode = cache.recorder.snapshot("decode")
+    assert decode["late"] == decode["prefetch_late"] > 0
+    assert decode["stall_ms"] > 0
+    assert torch.equal(tokens, continue_prompt(llama, prompt, new_tokens=6))
+
+
+def sampled(model, cache):
+    torch.manual_seed(7)
+    options = {"do_sample": True, "temperature": 1.3, "top_k": 20}
+    return continue_prompt(model, make_prompt(50), past_key_values=cache, **options)
+
+
+def of_beams(model, cache):
+    return continue_prompt(model, make_prompt(50), past_key_values=cache, num_beams=3)
+
+
+def of_two_calls(model, cache):
+    said = continue_prompt(model, make_prompt(40), past_key_values=cache)
+    more = torch.cat([said, make_prompt(30, seed=1).ids], dim=1)
+    return continue_prompt(model, Prompt(more, torch.ones_like(more)), past_key_values=cache)
+
+
+@pytest.mark.parametrize("predictor", ["layer_ahead", "last_step"])
+@pytest.mark.parametrize("tokens_of", [sampled, of_beams, of_two_calls])
+def test_every_way_of_generating_gives_the_tokens_of_transformers_own_cache(llama, tokens_of, predictor):
+    cache = PrefetchingKVCache(llama.config, **SMALL, prefetch_k=2, predictor=predictor)
+    with cache.attached(llama):
+        tokens = tokens_of(llama, cache)
+    assert torch.equal(tokens, tokens_of(llama, DynamicCache(config=llama.config)))
+    assert cache.recorder.snapshot("decode")["prefetch_issued"] > 0
 
 
 def test_a_predictor_that_raises_ends_the_generation_with_its_own_error(llama, monkeypatch):

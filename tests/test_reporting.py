@@ -25,6 +25,8 @@ def test_the_summary_has_the_promised_keys(tmp_path):
         "total_experiments": 18,
         "successful_experiments": 18,
         "total_duration_seconds": 12.5,
+        "planned_experiments": None,
+        "interrupted": False,
     }
     assert summary["mode_summaries"]["baseline"]["average_latency_ms"] == pytest.approx(101.0)  # 100, 101, 102
     assert summary["mode_summaries"]["baseline"]["average_tokens_per_second"] > 0
@@ -42,6 +44,50 @@ def test_the_summary_gives_every_context_with_n_and_spread():
     compared = summary["comparative_analysis"]["by_strategy"]["reactive"]["by_context"][0]
     assert (compared["n"], compared["baseline_n"], compared["baseline"]) == (3, 3, "baseline")
     assert compared["paired_speedup_percent"]["n"] == 3
+
+
+def test_an_interrupted_sweep_says_so_and_how_many_runs_there_were_to_be(tmp_path):
+    summary = reporting.write_summary(tmp_path, 1.0, [make_result()], planned=9, interrupted=True)
+    assert summary["experiment_summary"]["planned_experiments"] == 9
+    assert summary["experiment_summary"]["total_experiments"] == 1
+    assert summary["experiment_summary"]["interrupted"] is True
+
+
+def test_averages_that_matter_have_their_spread_between_repetitions_beside_them():
+    results = []
+    for context in (500, 1000):  # the second half is twice as high: that contexts differ is no spread
+        for repetition, stall_percent in enumerate((4.0, 5.0, 6.0)):
+            result = make_result("predictive", context, repetition)
+            result["cache"].update(stall_percent=stall_percent * context / 500, hit_rate=0.7)
+            result["prefetch"]["accuracy"] = 0.8 + 0.1 * (repetition - 1)
+            results.append(result)
+    std = reporting.summarise(results)["mode_summaries"]["predictive"]["std"]
+    assert std["average_stall_percent"] == pytest.approx(math.sqrt((1 + 4) / 2))  # variances 1 and 4, pooled
+    assert std["average_cache_hit_rate"] == 0.0
+    assert std["average_prediction_accuracy"] == pytest.approx(0.1)
+    assert std["average_tokens_per_second"] == 0.0
+
+
+def test_compared_figures_have_the_spread_of_their_pairs_beside_them():
+    results = [make_result(repetition=r) for r in (0, 1)]
+    results += [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((80.0, 100.0))]
+    std = reporting.summarise(results)["comparative_analysis"]["reactive"]["std"]
+    assert std["latency_speedup_percent"] == pytest.approx(25.0 / math.sqrt(2))  # +25 % and 0 %
+
+
+def test_what_was_made_under_a_simulated_link_says_so():
+    summary = reporting.summarise(make_sweep())
+    assert summary["strategy_summaries"]["reactive"]["link"] == "simulated pcie3-x16, 15.75 GB/s"
+    assert summary["strategy_summaries"]["baseline"]["link"] is None
+    assert "Stall" in summary["definitions"]["simulated"]
+    assert "reactive, predictive (simulated pcie3-x16" in summary["definitions"]["simulated"]
+    assert "simulated" not in reporting.summarise([make_result()])["definitions"]
+
+
+def test_late_and_missed_pages_are_counted_apart():
+    reactive = reporting.summarise(make_sweep())["mode_summaries"]["reactive"]
+    assert reactive["average_cache_late_rate"] == pytest.approx(0.05)
+    assert reactive["average_cache_miss_rate"] == pytest.approx(0.2)
 
 
 def test_a_failed_run_is_counted_named_and_left_out_of_averages():
@@ -77,6 +123,18 @@ def test_every_null_average_has_its_reason():
     for mode, figures in summary["mode_summaries"].items():
         for key in (key for key, value in figures.items() if value is None):
             assert f"mode_summaries.{mode}.{key}" in summary["not_measured"]
+
+
+def test_every_null_spread_has_its_reason():
+    not_measured = reporting.summarise([make_result(), make_result("reactive")])["not_measured"]
+    for path, reason in (
+        ("mode_summaries.reactive.std.average_stall_percent", "two successful repetitions"),
+        ("mode_summaries.reactive.std.average_prediction_accuracy", "do not prefetch"),
+        ("mode_summaries.predictive.std.average_stall_percent", "no predictive run succeeded"),
+        ("comparative_analysis.reactive.std.latency_speedup_percent", "two successful repetitions"),
+        ("comparative_analysis.predictive.std.latency_speedup_percent", "no cell holds both"),
+    ):
+        assert reason in not_measured[path]
 
 
 def test_unreadable_files_are_named_in_the_summary(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from result_fixtures import PAGED, make_failure, make_result, make_sweep, write_results
 
 import reporting
-from result_frame import load_results, strategy_labels, to_frame
+from result_frame import load_results, strategy_labels, to_frame, under_simulated_link
 
 
 def test_a_folder_gives_its_results_baseline_first(tmp_path):
@@ -83,6 +83,7 @@ def test_the_frame_has_one_row_per_run_with_figures_in_the_unit_of_their_name():
     assert row["host_kv_mb"] == 80.0
     assert row["prefetch_hit_rate"] == 0.6  # 12 on time / 20 issued
     assert row["link"] == "simulated pcie3-x16, 15.75 GB/s"
+    assert (row["hit_rate"], row["late_rate"], row["miss_rate"]) == (0.75, 0.05, 0.2)
     assert row["machine"] == "Test CPU, 2 threads"
 
 
@@ -118,6 +119,13 @@ def test_no_results_give_an_empty_frame_with_all_its_columns():
     empty, full = to_frame([]), to_frame(make_sweep())
     assert len(empty) == 0
     assert list(empty.columns) == list(full.columns)
+
+
+def test_only_strategies_whose_link_was_simulated_are_named_as_such():
+    bus = make_result("reactive", name="on a bus")
+    bus["cache"]["link"] = {"kind": "bus", "name": "pcie", "bandwidth_gb_s": None, "latency_us": 0.0}
+    frame = to_frame([make_result(), bus, make_result("predictive"), make_result("predictive", repetition=1)])
+    assert under_simulated_link(frame) == {"simulated pcie3-x16, 15.75 GB/s": ["predictive"]}
 
 
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_names_the_cpu():

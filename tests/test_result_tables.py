@@ -1,13 +1,16 @@
-"""Tables: what stands in them, at any width, on a console and in Markdown."""
+"""Tables, of results and of a plan: what stands in them, at any width, on a console and in Markdown."""
 
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from result_fixtures import make_failure, make_result, make_sweep
 from rich.console import Console
 
+from plan_table import print_plan
+from planning import PlannedRun
 from result_frame import describe_setting, to_frame
 from result_tables import (
     context_table,
@@ -60,8 +63,8 @@ def test_the_context_table_has_a_row_per_context_and_strategy():
 def test_the_memory_table_shows_a_dash_where_there_is_no_gpu():
     table = memory_table(to_frame(make_sweep(contexts=(500,))))
     reactive = row_of(table, "reactive")
-    assert (reactive["GPU\nMB"], reactive["GPU\nsaved %"]) == ("—", "—")
-    assert (reactive["device\nKV MB"], reactive["KV\nsaved %"]) == ("40.0", "+50.0")
+    assert (reactive["GPU\nMiB"], reactive["GPU\nsaved %"]) == ("—", "—")
+    assert (reactive["device\nKV MiB"], reactive["KV\nsaved %"]) == ("40.0", "+50.0")
     assert reactive["page size\nx budget"] == "128 x 4"
     assert row_of(table, "baseline")["page size\nx budget"] == "—"
     assert "No GPU" in table.caption
@@ -81,6 +84,90 @@ def test_failures_have_their_table_and_lower_the_count_of_their_strategy():
     frame = to_frame(results)
     assert failure_table(frame).rows == [("reactive", "500", "out_of_memory", "line 1\nfix")]
     assert row_of(strategy_table(frame), "reactive")["n"] == "3/4"
+
+
+def with_stalls(*stalls_percent, context=500):
+    """A baseline, and a repetition of `reactive` for each stall; its hit rates are 0.75, 0.752, 0.754 and so on."""
+    results = [make_result(context=context, repetition=r) for r in range(len(stalls_percent))]
+    for repetition, stall_percent in enumerate(stalls_percent):
+        result = make_result("reactive", context, repetition, tpot_ms=80.0)
+        result["cache"].update(stall_percent=stall_percent, hit_rate=0.75 + 0.002 * repetition)
+        results.append(result)
+    return results
+
+
+@pytest.mark.parametrize("make_table", [strategy_table, context_table])
+def test_a_column_without_room_for_its_spread_has_it_in_the_caption(make_table):
+    # Stalls 5 and 6 %: std 0.71. Hit rates 75.0 and 75.2 %: std 0.14. Speed-up is +25 % in both pairs: 0.
+    caption = make_table(to_frame(with_stalls(5.0, 6.0))).caption
+    assert "at most 0.7 points for stall, 0.1 points for hit rate; 0 for" in caption
+    assert "speed-up (paired)" in caption.split("; 0 for")[1]
+
+
+def test_the_spread_in_a_caption_is_that_of_the_row_with_the_most():
+    results = with_stalls(5.0, 6.0) + with_stalls(5.0, 9.0, context=1000)
+    assert "2.8 points for stall" in context_table(to_frame(results)).caption  # 4 / sqrt(2)
+    # Over all contexts: the variances 0.5 and 8, each of one degree of freedom; sqrt(8.5 / 2) = 2.06.
+    assert "2.1 points for stall" in strategy_table(to_frame(results)).caption
+
+
+def test_a_spread_that_rounds_to_nothing_is_not_said_to_be_none():
+    assert "<0.1 points for stall" in strategy_table(to_frame(with_stalls(5.0, 5.01))).caption
+
+
+def test_the_spread_of_a_speed_up_is_that_of_pairs():
+    # Pairs: 100 / 80 = +25 %, 100 / 100 = 0 %; std 25 / sqrt(2) = 17.7.
+    results = [make_result(repetition=r) for r in (0, 1)]
+    results += [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((80.0, 100.0))]
+    assert "17.7 points for speed-up (paired)" in strategy_table(to_frame(results)).caption
+
+
+def test_single_runs_have_no_spread_to_tell_of():
+    frame = to_frame([make_result(), make_result("reactive"), make_result("predictive")])
+    assert not any("at most" in table.caption for table in tables(frame))
+
+
+@pytest.mark.parametrize("make_table", [strategy_table, context_table, prediction_table])
+def test_every_table_of_a_simulated_link_says_so_and_whose_figures_it_made(make_table):
+    bus = make_result("predictive", name="on a bus")
+    bus["cache"]["link"] = {"kind": "bus", "name": "pcie", "bandwidth_gb_s": None}
+    simulated = make_table(to_frame([make_result(), make_result("predictive"), bus])).caption
+    assert "Figures of predictive are under a simulated link (pcie3-x16, 15.75 GB/s)." in simulated
+    assert "simulated" not in make_table(to_frame([make_result(), bus])).caption
+
+
+def plan_text(*runs):
+    pipe = io.StringIO()
+    print_plan(runs, Console(width=80, file=pipe))
+    assert max(map(len, pipe.getvalue().splitlines())) <= 80
+    return " ".join(pipe.getvalue().split())
+
+
+def planned_run(floor_ms, mode="reactive", link="pcie4-x16"):
+    paging = None if mode == "baseline" else SimpleNamespace(link=link)
+    names = {"run_id": "0123456789ab", "label": mode, "model_name": "tiny"}
+    sizes = {"context_length": 500, "max_new_tokens": 11, "repetition": 0}
+    return PlannedRun(SimpleNamespace(**names, **sizes, paging=paging), transfer_floor_ms=floor_ms)
+
+
+def test_a_plan_names_the_simulated_link_of_its_floors_and_leaves_computing_out():
+    slow = {"bandwidth_gb_s": 1.0, "latency_us": 0.0}
+    text = plan_text(planned_run(17.69), planned_run(64.88, link=slow))
+    assert "2 runs" in text
+    assert "over the simulated link (pcie4-x16, 31.51 GB/s; custom, 1 GB/s); computing is not in it." in text
+    assert "0.00:" not in text
+
+
+def test_a_plan_of_one_baseline_has_one_run_and_says_why_its_floor_is_0():
+    text = plan_text(planned_run(0.0, "baseline"))
+    assert "1 run " in text
+    assert "1 runs" not in text
+    assert "0.00: nothing has to cross, all KV is on the device." in text
+    assert "simulated" not in text
+
+
+def test_a_plan_says_what_a_dash_stands_for():
+    assert "—: not known before the run." in plan_text(planned_run(None))
 
 
 def test_a_clamped_context_is_said_under_the_table():

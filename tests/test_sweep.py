@@ -14,7 +14,7 @@ import torch
 import progress
 import sweep as sweep_module
 from config_schema import MODE_CLASSES
-from metrics import RunResult
+from metrics import RunResult, fidelity
 from models import ModelUnavailable
 from planning import PlannedRun
 from progress import Bar, Lines, outcome
@@ -68,12 +68,12 @@ def swept(monkeypatch, tmp_path):
     def sweep_of(runs, generate):
         loaded = []
 
-        def load(name, **how):
+        def load(model_name, **how):
             gc.collect()
             still_held = [model for model in loaded if model() is not None]
             assert not still_held, "two models in memory at once"
-            if name == "gone":
-                raise ModelUnavailable(name, [])
+            if model_name == "gone":
+                raise ModelUnavailable(model_name, [])
             model = Model()
             loaded.append(weakref.ref(model))
             return model
@@ -82,7 +82,8 @@ def swept(monkeypatch, tmp_path):
             ids = generate(spec, reference)
             for n_tokens in range(1, len(ids[0]) + 1):
                 on_token(n_tokens)
-            return RunResult(spec=spec.to_dict(), run_id=spec.run_id, tokens={"ids": ids})
+            quality = fidelity(ids, reference)
+            return RunResult(spec=spec.to_dict(), run_id=spec.run_id, tokens={"ids": ids}, quality=quality)
 
         monkeypatch.setattr(sweep_module, "load_model", load)
         monkeypatch.setattr(sweep_module, "MODES", SimpleNamespace(load=lambda mode: run))
@@ -119,6 +120,18 @@ def test_the_watcher_follows_each_run_from_its_start_over_its_tokens_to_its_end(
         ("token", 2),
         ("finished", "baseline", True),
     ]
+
+
+def test_results_of_other_runs_in_the_folder_are_said_and_own_ones_are_not(swept, tmp_path, caplog):
+    runs = planned(*THREE)
+    before, _ = swept(runs, tokens)
+    swept(runs, tokens)  # each finds its own results of before, which it replaces
+    assert "results of other runs" not in caplog.text
+    (tmp_path / "experiment_summary.json").write_text('{"run_id": "of no run"}')
+    swept(planned(("baseline", {"name": "new"})), tokens)
+    (warning,) = [record for record in caplog.records if "results of other runs" in record.message]
+    assert warning.levelname == "WARNING"
+    assert f"{tmp_path} holds {len(before.results)} results of other runs" in warning.message
 
 
 def test_a_model_is_loaded_once_for_all_its_runs_and_freed_before_the_next(swept):
@@ -266,3 +279,18 @@ def test_quiet_shows_nothing_on_any_stream(capsys):
         watcher.token(1)
         watcher.finished(result_of())
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_result_that_cannot_be_written_is_a_row_and_the_others_go_on(swept, monkeypatch):
+    written = []
+
+    def full_disk(path, value):
+        if path.name.startswith("reactive"):
+            raise OSError("no space left on device")
+        written.append(path.name.partition("_")[0])
+
+    monkeypatch.setattr(sweep_module, "write_json", full_disk)
+    sweep, _ = swept(planned(*THREE), tokens)
+    assert statuses(sweep) == {"baseline": "ok", "reactive": "error", "predictive": "ok"}
+    assert sweep.results[1].error == "measured, but not written: no space left on device"
+    assert written == ["baseline", "predictive"]

@@ -1,10 +1,10 @@
 """GGUF files converted to safetensors, once.
 
 Dequantising a GGUF file takes ten times longer than loading the safetensors it becomes, so it happens once,
-into `$KV_PREFETCH_CACHE`, else `$XDG_CACHE_HOME/kv-prefetch`, else `~/.cache/kv-prefetch`.
+into `$KV_PREFETCH_CACHE/models`, else `$XDG_CACHE_HOME/kv-prefetch/models`, else `~/.cache/kv-prefetch/models`.
 
-An entry is a plain Hugging Face folder with an `origin.json` beside the weights that says which file it was
-made from and how large its own files are. An entry that is incomplete, or was made from something else, does
+A converted model is a plain Hugging Face folder with an `origin.json` beside the weights that says which file it was
+made from and how large its own files are. One that is incomplete, or was made from something else, does
 not count and is made anew. It appears by one rename, so no reader ever sees half of it; of two processes that
 want it at once, one converts while the other waits.
 
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 
 ORIGIN_FILE = "origin.json"
 ORIGIN_FORMAT = 1
-"""Raised when the conversion itself changes, so that older entries are made anew."""
+"""Raised when the conversion itself changes, so that older ones are made anew."""
 
 EXACT_UP_TO_PARAMETERS = 2**28
 """A model this small is stored in float32, as dequantised; a larger one in float16, in half the space."""
 
 
-def cache_folder() -> Path:
+def models_folder() -> Path:
     """The folder of converted models."""
     if chosen := os.environ.get("KV_PREFETCH_CACHE"):
         return Path(chosen).expanduser() / "models"
@@ -52,14 +52,14 @@ def short_hash(text: object) -> str:
 
 
 @dataclass(frozen=True)
-class CacheEntry:
+class ConvertedModel:
     """One converted model: `folder` holds it, `gguf` is what it is made from (None: no longer here)."""
 
     folder: Path
     gguf: Path | None
 
     def problem(self) -> str | None:
-        """Why this entry cannot be used, or None when it can. Reads sizes, not weights."""
+        """Why it cannot be used, or None when it can. Reads sizes, not weights."""
         if not self.folder.is_dir():
             return "nothing was converted yet"
         try:
@@ -78,7 +78,7 @@ class CacheEntry:
         return None if is_same_file(self.gguf, origin["gguf"]) else "it was made from another GGUF file"
 
     def seal(self, folder: Path) -> None:
-        """Write the origin into `folder`, a finished conversion, so that it counts as an entry."""
+        """Write the origin into `folder`, a finished conversion, so that it counts."""
         files = {path.name: path.stat().st_size for path in folder.iterdir()}
         origin = {
             "format": ORIGIN_FORMAT,
@@ -89,12 +89,12 @@ class CacheEntry:
         (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
     def origin_text(self) -> str:
-        """Name and hash of the GGUF file this entry was made from."""
+        """Name and hash of the GGUF file this was made from."""
         gguf = json.loads((self.folder / ORIGIN_FILE).read_text(encoding="utf-8"))["gguf"]
         return f"{gguf['name']} (sha256 {gguf['sha256']})"
 
     def spoil(self) -> None:
-        """Make the entry count as incomplete: its files have the right sizes, yet could not be loaded."""
+        """Make it count as incomplete: its files have the right sizes, yet could not be loaded."""
         (self.folder / ORIGIN_FILE).unlink(missing_ok=True)
 
 
@@ -133,31 +133,31 @@ def file_sha256(path: Path) -> str:
 # --- converting ---------------------------------------------------------------------------------------------
 
 
-def convert(entry: CacheEntry) -> None:
-    """Make `entry` from its GGUF file, unless another process has made it meanwhile.
+def convert(converted: ConvertedModel) -> None:
+    """Make `converted` from its GGUF file, unless another process has made it meanwhile.
 
     Raises:
-        OSError: the cache folder cannot be written, or the file cannot be read.
+        OSError: the folder of converted models cannot be written, or the file cannot be read.
     """
     from filelock import FileLock
 
-    entry.folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{entry.folder}.lock"):
-        if entry.problem() is None:
+    converted.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{converted.folder}.lock"):
+        if converted.problem() is None:
             return
-        log.info("converting %s once, into %s", entry.gguf, entry.folder)
-        sweep_leftovers(entry.folder)
-        fresh = Path(tempfile.mkdtemp(prefix=f"{entry.folder.name}.tmp-", dir=entry.folder.parent))
+        log.info("converting %s once, into %s", converted.gguf, converted.folder)
+        sweep_leftovers(converted.folder)
+        fresh = Path(tempfile.mkdtemp(prefix=f"{converted.folder.name}.tmp-", dir=converted.folder.parent))
         try:
-            dequantise(entry.gguf, fresh)
-            entry.seal(fresh)
-            publish(fresh, entry.folder)
+            dequantise(converted.gguf, fresh)
+            converted.seal(fresh)
+            publish(fresh, converted.folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
 def sweep_leftovers(folder: Path) -> None:
-    """Remove what killed conversions of this entry left behind. Call it under the entry's lock."""
+    """Remove what killed conversions into `folder` left behind. Call it under the folder's lock."""
     for leftover in folder.parent.iterdir():
         if leftover.name.startswith(f"{folder.name}.tmp-"):
             shutil.rmtree(leftover, ignore_errors=True)
