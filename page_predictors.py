@@ -12,7 +12,7 @@ step:
 later does not wait. A predictor that never reads them says `needs_mass = False` as a class attribute, and `observe` is
 not called. Pages that are on the device already may be named; they cost nothing.
 
-A predictor of your own derives from `DeafPredictor` and overrides the verbs that it cares for.
+A predictor of your own derives from `QuietPredictor` and overrides the verbs that it cares for.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Predictor(Protocol):
     def observe(self, layer: int, step: int, pages: Sequence[int], mass: Callable[[], list[float]]) -> None: ...
 
 
-class DeafPredictor:
+class QuietPredictor:
     """The verbs with nothing in them: it heeds no page and guesses none. The base of the predictors below."""
 
     needs_mass: ClassVar[bool] = True
@@ -55,14 +55,14 @@ class DeafPredictor:
 
 
 @dataclass(frozen=True)
-class NoPrediction(DeafPredictor):
+class NoPrediction(QuietPredictor):
     """Predict nothing: predictive mode then behaves as reactive mode, which is what the comparison needs."""
 
     needs_mass: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
-class LastStep(DeafPredictor):
+class LastStep(QuietPredictor):
     """The pages this layer attended to in the last step, those with the largest share of attention first.
 
     Confidence is the page's share. Attention moves slowly from token to token, so this is the natural first guess; and
@@ -84,7 +84,7 @@ class LastStep(DeafPredictor):
 
 
 @dataclass(frozen=True)
-class LayerAhead(DeafPredictor):
+class LayerAhead(QuietPredictor):
     """The pages the layer before has just asked for: certain when every layer asks for all pages (exact attention).
 
     What remains to be fetched of them are the pages this layer does not hold. Confidence is 1.

@@ -2,8 +2,8 @@
 
 A registry is a table of `"name": "module:Class"`. Nothing is imported until a name is resolved, so a module that needs
 torch costs nothing to be listed here. Reading a config resolves the parts it names, to check their parameters; the
-built-in ones need no torch. A name that contains a colon is an import path of the user's own
-class (`"my_module:MyPolicy"`), looked up from the current folder like any Python module.
+built-in ones need no torch. A name that contains a colon is an import path of the user's own class
+(`"my_module:MyPolicy"`), looked up from the current folder like any Python module.
 
 Parameters of a part are the fields of its dataclass: `policy: lru` or `policy: {name: lru, ...}` in YAML.
 """

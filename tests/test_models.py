@@ -524,12 +524,12 @@ def test_two_processes_that_want_one_model_convert_it_once(tmp_path):
         ({"HOME": "/c"}, "/c/.cache/kv-prefetch/models"),
     ],
 )
-def test_the_cache_folder_follows_the_environment(monkeypatch, environment, expected):
+def test_the_folder_of_converted_models_follows_the_environment(monkeypatch, environment, expected):
     for name in ("KV_PREFETCH_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert model_routes.cache_folder() == Path(expected)
+    assert converted_models.models_folder() == Path(expected)
 
 
 # --- the bundled model --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, Prompt, continue_prompt, make_model, make_promp
 from transformers import DynamicCache
 
 from page_policies import LRU
-from page_predictors import DeafPredictor, LastStep, LayerAhead
+from page_predictors import LastStep, LayerAhead, QuietPredictor
 from page_store import PageStore
 from page_table import PageTable
 from predictive_prefetch import PrefetchingKVCache
@@ -21,7 +21,7 @@ SMALL = {"page_size": 16, "max_gpu_pages": 3, "staging_pages": 2, "link": "memor
 
 
 @dataclass(frozen=True)
-class Nonsense(DeafPredictor):
+class Nonsense(QuietPredictor):
     """Predicts pages that do not exist, duplicates, and in the wrong order."""
 
     def predict(self, layer, step):
@@ -29,7 +29,7 @@ class Nonsense(DeafPredictor):
 
 
 @dataclass(frozen=True)
-class Backwards(DeafPredictor):
+class Backwards(QuietPredictor):
     """Always predicts the oldest pages, of all layers alike."""
 
     def predict(self, layer, step):
