@@ -63,7 +63,8 @@ class ModelUnavailable(Exception):
     def __init__(self, model_name: str, tried: list[tuple[str, RouteClosed]]):
         self.model_name, self.tried = model_name, tried
         self.fixes = list(dict.fromkeys(closed.fix for _, closed in tried if closed.fix))
-        lines = [f"model {model_name!r} cannot be had. Tried:"]
+        suggestion = "" if model_name in BUNDLED else nearest(model_name, BUNDLED)
+        lines = [f"model {model_name!r} cannot be had{suggestion}. Tried:"]
         lines += [f"  - {where}: {closed.reason}" for where, closed in tried]
         if self.fixes:
             lines += ["To fix it:" if len(self.fixes) == 1 else "To fix it, one of:"]

@@ -65,7 +65,8 @@ def _shape_or_reason(spec: RunSpec, allow_network: bool) -> ModelShape | str:
     try:
         return read_shape(spec.model_name, spec.trust_remote_code, allow_network=allow_network)
     except ModelUnavailable as error:
-        return str(error).splitlines()[0].removesuffix(" Tried:")
+        reasons = "; ".join(dict.fromkeys(closed.reason for _, closed in error.tried))
+        return f"{str(error).splitlines()[0].removesuffix('. Tried:')}: {reasons}"
 
 
 def _plan_one(spec: RunSpec, shape: ModelShape | str) -> PlannedRun:

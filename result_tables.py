@@ -256,7 +256,7 @@ def strategy_table(frame: pd.DataFrame) -> Table:
         (*columns, "mispred.\ncost %", "same\ntokens"),
         _rows(frame, by_context=False),
         f"{describe_setting(frame)}\n"
-        f"Over all contexts, std between repetitions; speed-up against {_reference_names(frame)}."
+        f"Over all contexts, std between repetitions; speed-up from medians, against {_reference_names(frame)}."
         f"{_coverage_note(frame)}{_link_note(frame)}",
     )
 
@@ -267,7 +267,8 @@ def context_table(frame: pd.DataFrame) -> Table:
         "By context length: decode latency in ms per token (mean ± std of n runs)",
         (*columns, "stall\n%", "hit\nrate %"),
         _rows(frame, by_context=True),
-        f"Speed-up: of decode. Gain: of tokens/s, prefill included. Both against {_reference_names(frame)}."
+        "Speed-up: of decode. Gain: of tokens/s, prefill included. Both from medians, against"
+        f" {_reference_names(frame)}."
         f"{_clamp_note(frame)}{_link_note(frame)}",
     )
 

@@ -701,3 +701,8 @@ def test_running_out_of_memory_is_not_swallowed():
 def test_an_unavailable_model_can_cross_a_process_boundary():
     error = models.ModelUnavailable("x", [("folder x", RouteClosed("there is no such folder", "mkdir x"))])
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_name_near_that_of_a_bundled_model_is_suggested():
+    assert "did you mean 'smollm2-135m'?" in str(ModelUnavailable("smolm2-135m", []))
+    assert "did you mean" not in str(ModelUnavailable("smollm2-135m", []))
