@@ -704,5 +704,5 @@ def test_an_unavailable_model_can_cross_a_process_boundary():
 
 
 def test_a_name_near_that_of_a_bundled_model_is_suggested():
-    assert "did you mean 'smollm2-135m'?" in str(ModelUnavailable("smolm2-135m", []))
-    assert "did you mean" not in str(ModelUnavailable("smollm2-135m", []))
+    assert "did you mean 'smollm2-135m'?" in str(models.ModelUnavailable("smolm2-135m", []))
+    assert "did you mean" not in str(models.ModelUnavailable("smollm2-135m", []))
