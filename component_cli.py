@@ -149,11 +149,13 @@ def _demonstrate(mode: str, run: Callable[..., RunResult], arguments: argparse.N
     own_flags = ("max_gpu_pages", "page_size", "policy", "predictor", "prefetch_k")
     specs = component_specs(arguments, mode, **{flag: getattr(arguments, flag, None) for flag in own_flags})
     model, results = load_for(specs[0]), []
+    references: dict[tuple, TokenRows] = {}
     for spec in specs:
         spec = fitted_spec(spec, model)
         prompt = prompt_tokens(model.tokenizer, model.shape.vocab_size, spec.context_length, spec.batch_size, spec.seed)
-        reference = _reference_tokens(spec, model, prompt)
-        results.append(run(spec, model, reference=reference, prompt=prompt))
+        if spec.reference_key not in references:
+            references[spec.reference_key] = _reference_tokens(spec, model, prompt)
+        results.append(run(spec, model, reference=references[spec.reference_key], prompt=prompt))
     show_and_write(results, arguments.output)
     return 0
 

@@ -149,7 +149,8 @@ def measured_run(
     )
     if spec.repetition == 0:
         for _ in range(spec.warmup_runs):
-            generate(spec, model, make_cache(), prompt, min(WARMUP_TOKENS, spec.max_new_tokens))
+            warmup_tokens = min(WARMUP_TOKENS, spec.max_new_tokens)
+            generate(spec, model, make_cache(), prompt, warmup_tokens, attention_mask=attention_mask)
     cache = make_cache()
     generation = generate(
         spec, model, cache, prompt, spec.max_new_tokens, attention_mask=attention_mask, on_token=on_token

@@ -51,7 +51,7 @@ class PagedKVCache(Cache):
         config: the model's config.
 
     Raises:
-        CannotPage: the config has layers that hold something else than keys and values, or none with full attention.
+        CannotPage: the config has layers that hold something other than keys and values, or none with full attention.
         ValueError: the budget cannot hold the pinned pages and one more.
     """
 
@@ -136,6 +136,16 @@ class PagedKVCache(Cache):
         """Make row i the old row `beam_idx[i]`."""
         self._require_whole()
         super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._require_whole()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices`."""
+        self._require_whole()
+        super().batch_select_indices(indices)
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[PagedKVCache]:

@@ -100,6 +100,7 @@ class Sweep:
         except Exception as error:
             log.exception("%s failed", spec.slug)
             result = failed_run(spec, error)
+        if not result.ok:  # only here has the error let go of the tensors in its traceback
             _give_back_memory()
         if result.ok and spec.is_reference:
             self._baseline_tokens.setdefault(spec.reference_key, result.tokens["ids"])

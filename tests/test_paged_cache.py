@@ -281,7 +281,13 @@ def test_a_failed_generation_is_refused_until_reset_and_works_after(llama, monke
     with cache.attached(llama):
         with pytest.raises(MemoryError, match="on purpose"):
             continue_prompt(llama, prompt, past_key_values=cache)
-        for use in (lambda: cache.crop(-1), lambda: continue_prompt(llama, make_prompt(200), past_key_values=cache)):
+        for use in (
+            lambda: cache.crop(-1),
+            lambda: cache.reorder_cache(torch.tensor([0])),
+            lambda: cache.batch_repeat_interleave(2),
+            lambda: cache.batch_select_indices(torch.tensor([0])),
+            lambda: continue_prompt(llama, make_prompt(200), past_key_values=cache),
+        ):
             with pytest.raises(RuntimeError, match=r"call reset\(\) first"):
                 use()
         cache.reset()
