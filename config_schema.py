@@ -32,7 +32,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import links
 from registry import POLICIES, PREDICTORS, SELECTORS, Registry, UnknownName, nearest
-from run_specs import Paging, PrefetchSpec
+from run_specs import Paging, PrefetchSpec, paging_conflicts
 from yaml_source import described
 
 # --- types of values ----------------------------------------------------------------------------------------
@@ -124,6 +124,7 @@ def _part_of(registry: Registry) -> Any:
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Lengths = Annotated[list[Count], Field(min_length=1, max_length=1000), AfterValidator(_no_repeats)]
 Text = Annotated[str, AfterValidator(_printable)]
 Device = Annotated[str, AfterValidator(_known_device)]
@@ -227,8 +228,25 @@ class ReactiveExperiment(Experiment):
     staging_pages: Count = Field(6, description="Slots on top of max_gpu_pages, for pages on their way.")
     policy: Policy = Field("lru", description="Which page to evict.")
     selector: Selector = Field("all", description="Which pages attention reads; all is exact.")
+    attention_pages: Count | None = Field(
+        None, description="Pages a decode step attends to; for any selector but all, this or attention_fraction."
+    )
+    attention_fraction: Share | None = Field(
+        None, description="The same as a share of the context's pages, rounded up."
+    )
+    granularity: Literal["layer", "kv_head"] = Field(
+        "layer", description="Whether all heads attend to the same pages, or each key/value head chooses its own."
+    )
+    dense_layers: CountOrZero = Field(0, description="First layers that attend to every page nevertheless.")
     sink_pages: CountOrZero = Field(1, description="First pages, always resident.")
     recent_pages: Count = Field(1, description="Last pages, always resident; the open page counts.")
+    access_order: Literal["resident_first", "position"] = Field(
+        "resident_first", description="Ask for all wanted pages as a set, or one by one as naive paging does."
+    )
+    host_pages: CountOrZero | None = Field(
+        None, description="Pages kept in host memory, per layer and sequence; later ones go to disk. null: all of them."
+    )
+    disk_dir: Text | None = Field(None, description="Folder for those on disk; null: the temporary folder.")
     link: Link = Field(
         "auto",
         description="What pages travel over when running on a CPU: auto (= pcie3-x16), memory (plain copies),"
@@ -238,13 +256,7 @@ class ReactiveExperiment(Experiment):
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
-        needed = self.sink_pages + self.recent_pages + 1
-        if self.max_gpu_pages < needed:
-            yield (
-                ("max_gpu_pages", "sink_pages", "recent_pages"),
-                f"max_gpu_pages is {self.max_gpu_pages}, but sink_pages {self.sink_pages} + recent_pages"
-                f" {self.recent_pages} + 1 to work with need at least {needed}",
-            )
+        yield from paging_conflicts(self)
 
     def cache_fields(self) -> dict[str, Any]:
         return {"paging": Paging(**{key: getattr(self, key) for key in Paging.__dataclass_fields__})}

@@ -14,10 +14,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+GRANULARITIES = ("layer", "kv_head")
+ACCESS_ORDERS = ("resident_first", "position")
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,21 @@ class Paging:
         max_gpu_pages: most pages that are resident on the device.
         staging_pages: slots on top of that, for pages on their way.
         policy: a registered name, `"module:Class"`, or a mapping with `name` and parameters; `selector` likewise.
+        selector: which pages a decode step attends to; `all` is exact, any other needs one of the next two.
+        attention_pages, attention_fraction: how many pages that is, or which share of the context's pages (rounded
+            up); the pages that are always resident are among them.
+        granularity: `"layer"`, all heads attend to the same pages, or `"kv_head"`, each key/value head chooses its own.
+        dense_layers: first layers of the model that attend to every page nevertheless.
         sink_pages, recent_pages: first and last pages that are always resident; the open page is the most recent.
+        access_order: `"resident_first"`, all wanted pages are asked for as a set; or `"position"`, one by one.
+        host_pages: pages kept in host memory; later ones go to a file on disk. None for all in memory.
+        disk_dir: folder of that file; None for the system's temporary folder.
         link: a name, or a mapping with `bandwidth_gb_s` and `latency_us`; see links.py.
 
     Mappings stay plain dicts, fit for `Registry.create` and JSON; nobody changes one.
 
     Raises:
-        ValueError: the budget cannot hold the pinned pages and one more, or a count, name or parameter is wrong.
+        ValueError: a count is out of range, or two settings contradict each other; see `paging_conflicts`.
     """
 
     page_size: int = 256
@@ -43,25 +55,101 @@ class Paging:
     staging_pages: int = 6
     policy: str | Mapping[str, Any] = "lru"
     selector: str | Mapping[str, Any] = "all"
+    attention_pages: int | None = None
+    attention_fraction: float | None = None
+    granularity: str = "layer"
+    dense_layers: int = 0
     sink_pages: int = 1
     recent_pages: int = 1
+    access_order: str = "resident_first"
+    host_pages: int | None = None
+    disk_dir: str | None = None
     link: str | Mapping[str, Any] = "auto"
 
     def __post_init__(self):
         for name in ("page_size", "max_gpu_pages", "staging_pages", "recent_pages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        needed = self.sink_pages + self.recent_pages + 1
-        if self.max_gpu_pages < needed:
-            raise ValueError(
-                f"max_gpu_pages={self.max_gpu_pages} cannot hold sink_pages={self.sink_pages}, recent_pages="
-                f"{self.recent_pages} and one page more; it must be at least {needed}"
-            )
+        for name in ("sink_pages", "dense_layers", "host_pages"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name, known in (("granularity", GRANULARITIES), ("access_order", ACCESS_ORDERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")
+        if self.attention_fraction is not None and not 0 < self.attention_fraction <= 1:
+            raise ValueError(f"attention_fraction must be above 0 and at most 1, not {self.attention_fraction}")
+        for _, text in paging_conflicts(self):
+            raise ValueError(text)
 
     @property
     def slots(self) -> int:
         """Device slots of one layer of one sequence."""
         return self.max_gpu_pages + self.staging_pages
+
+    @property
+    def exact(self) -> bool:
+        """Whether decode steps attend to every page."""
+        return is_exact(self.selector)
+
+    def n_attended(self, n_pages: int) -> int:
+        """How many pages a decode step attends to, of a context of `n_pages`."""
+        if self.attention_pages is not None:
+            return min(self.attention_pages, n_pages)
+        if self.attention_fraction is None:
+            return n_pages
+        return min(n_pages, max(math.ceil(self.attention_fraction * n_pages), self.sink_pages + self.recent_pages))
+
+
+def is_exact(selector: str | Mapping[str, Any]) -> bool:
+    """Whether a choice of selector is `all`."""
+    return selector == "all" or selector == {"name": "all"}
+
+
+def paging_conflicts(paging: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that are right alone and wrong together: `(keys, text)`, the key to blame first.
+
+    Args:
+        paging: anything with the attributes of `Paging`.
+    """
+    pinned = paging.sink_pages + paging.recent_pages
+    if paging.max_gpu_pages < pinned + 1:
+        yield (
+            ("max_gpu_pages", "sink_pages", "recent_pages"),
+            f"max_gpu_pages is {paging.max_gpu_pages}, but sink_pages {paging.sink_pages} + recent_pages"
+            f" {paging.recent_pages} + 1 to work with need at least {pinned + 1}",
+        )
+    if is_exact(paging.selector):
+        for key, unset in (
+            ("attention_pages", None),
+            ("attention_fraction", None),
+            ("granularity", "layer"),
+            ("dense_layers", 0),
+        ):
+            if getattr(paging, key) != unset:
+                yield (
+                    (key, "selector"),
+                    f"{key!r} has no effect with 'selector: all', which attends to every page; choose a selector such"
+                    " as quest, or remove it",
+                )
+    elif paging.attention_pages is None and paging.attention_fraction is None:
+        yield (
+            ("selector", "attention_pages", "attention_fraction"),
+            "this selector needs to know how many pages to attend to; add attention_pages (a count) or"
+            " attention_fraction (a share, such as 0.25)",
+        )
+    elif paging.attention_pages is not None and paging.attention_fraction is not None:
+        yield (
+            ("attention_pages", "attention_fraction"),
+            "attention_pages and attention_fraction both say how many pages to attend to; keep one",
+        )
+    elif paging.attention_pages is not None and paging.attention_pages < pinned:
+        yield (
+            ("attention_pages", "sink_pages", "recent_pages"),
+            f"attention_pages is {paging.attention_pages}, but sink_pages {paging.sink_pages} + recent_pages"
+            f" {paging.recent_pages} are always attended to; it must be at least {pinned}",
+        )
+    if paging.disk_dir is not None and paging.host_pages is None:
+        yield (("disk_dir", "host_pages"), "'disk_dir' has no effect without host_pages, the pages to keep in memory")
 
 
 @dataclass(frozen=True)

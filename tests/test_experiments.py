@@ -436,6 +436,14 @@ WRONG = [
     ("predictor", "layer_ahed", "unknown predictor 'layer_ahed'; did you mean 'layer_ahead'? (known: "),
     ("sink_pages", "-1", "'sink_pages' must be at least 0, found -1"),
     ("recent_pages", "0", "'recent_pages' must be at least 1, found 0"),
+    ("attention_pages", "0", "'attention_pages' must be at least 1, found 0"),
+    ("attention_fraction", "1.5", "'attention_fraction' must be at most 1.0, found 1.5"),
+    ("attention_fraction", "0.0", "'attention_fraction' must be more than 0, found 0.0"),
+    ("granularity", "head", "'granularity' must be layer or kv_head, found 'head'"),
+    ("dense_layers", "-1", "'dense_layers' must be at least 0, found -1"),
+    ("access_order", "random", "'access_order' must be resident_first or position, found 'random'"),
+    ("host_pages", "-1", "'host_pages' must be at least 0, found -1"),
+    ("disk_dir", "3", "'disk_dir' must be"),
     (
         "link",
         "pcie4",
@@ -633,6 +641,11 @@ CONFLICTS = [
         " set staging_pages to at least 4, or prefetch_k to at most 3",
     ),
     ("{mode: predictive, prefetch_k: 7}", "prefetch_k is 7, but staging_pages gives only 6 slots"),
+    ("{mode: reactive, attention_pages: 4}", "'attention_pages' has no effect with 'selector: all'"),
+    ("{mode: reactive, attention_fraction: 0.5}", "'attention_fraction' has no effect with 'selector: all'"),
+    ("{mode: reactive, granularity: kv_head}", "'granularity' has no effect with 'selector: all'"),
+    ("{mode: reactive, dense_layers: 2}", "'dense_layers' has no effect with 'selector: all'"),
+    ("{mode: reactive, disk_dir: /tmp}", "'disk_dir' has no effect without host_pages"),
 ]
 ALLOWED_TOGETHER = [
     "{mode: baseline, temperature: 1.0, top_k: 50, top_p: 1}",
@@ -766,7 +779,7 @@ def test_every_mode_fills_its_own_part_of_the_spec():
     runs = {mode: expand([cls(mode=mode)])[0] for mode, cls in MODE_CLASSES.items()}
     assert runs["baseline"].cache_implementation == "dynamic"
     assert (runs["baseline"].paging, runs["baseline"].prefetch) == (None, None)
-    assert runs["reactive"].paging == Paging(256, 8, 6, "lru", "all", 1, 1, "auto")
+    assert runs["reactive"].paging == Paging(256, 8, 6, "lru", "all", sink_pages=1, recent_pages=1, link="auto")
     assert (runs["reactive"].cache_implementation, runs["reactive"].prefetch) == (None, None)
     assert runs["predictive"].paging == runs["reactive"].paging
     assert runs["predictive"].prefetch == PrefetchSpec("layer_ahead", 4)
@@ -870,6 +883,7 @@ specs = st.builds(
         counts,
         policy=parts,
         selector=parts,
+        attention_pages=st.integers(20_000, 40_000),
         sink_pages=counts,
         recent_pages=counts,
         link=parts,

@@ -241,11 +241,11 @@ def test_a_model_without_full_attention_is_refused():
 @pytest.mark.parametrize(
     ("paging", "message"),
     [
-        ({"max_gpu_pages": 2}, "max_gpu_pages=2 cannot hold sink_pages=1, recent_pages=1 and one page more"),
+        ({"max_gpu_pages": 2}, "max_gpu_pages is 2, but sink_pages 1 + recent_pages 1 + 1"),
         ({"page_size": 0}, "page_size must be at least 1"),
         ({"recent_pages": 0}, "recent_pages must be at least 1"),
         ({"policy": "lur"}, "did you mean 'lru'"),
-        ({"selector": "some"}, "unknown selector"),
+        ({"selector": "some", "attention_pages": 4}, "unknown selector"),
         ({"link": "pcie9-x16"}, "did you mean 'pcie"),
     ],
 )
