@@ -241,7 +241,7 @@ def test_a_model_without_full_attention_is_refused():
 @pytest.mark.parametrize(
     ("paging", "message"),
     [
-        ({"max_gpu_pages": 2}, "max_gpu_pages is 2, but sink_pages 1 + recent_pages 1 + 1"),
+        ({"max_gpu_pages": 2}, "max_gpu_pages is 2, but sink_pages 1"),
         ({"page_size": 0}, "page_size must be at least 1"),
         ({"recent_pages": 0}, "recent_pages must be at least 1"),
         ({"policy": "lur"}, "did you mean 'lru'"),
