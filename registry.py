@@ -149,7 +149,17 @@ POLICIES = Registry(
         "fifo": "page_policies:FIFO",
     },
 )
-SELECTORS = Registry("selector", {"all": "page_selectors:All"})
+SELECTORS = Registry(
+    "selector",
+    {
+        "all": "page_selectors:All",
+        "quest": "page_selectors:Quest",
+        "cuboid": "page_selectors:Cuboid",
+        "mean_key": "page_selectors:MeanKey",
+        "window": "page_selectors:Window",
+        "oracle": "page_selectors:Oracle",
+    },
+)
 PREDICTORS = Registry(
     "predictor",
     {
