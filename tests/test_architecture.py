@@ -34,6 +34,7 @@ LAYERS = (
     "hf_attention",
     "page_store",
     "page_table",
+    "page_selection",
     "paged_attention",
     "run_plots",
     "plots",
@@ -79,6 +80,7 @@ NEED_TORCH = {
     "paged_sequence",
     "hf_attention",
     "page_store",
+    "page_selection",
     "paged_attention",
 }
 

@@ -1,0 +1,165 @@
+"""Selection: from the digests of all pages to the few that one decode step attends to.
+
+A selector (see page_selectors.py) says how much each query head wants each page. Two things are left, and they are the
+same for every selector: to keep the digests on the device (`PageDigests`), and to turn scores into pages
+(`choose_pages`).
+
+Heads that share pages must agree, and their scores are logits, which cannot be compared between heads: one head's
+logits differ by 30 from page to page, another's by 1. What can be compared is attention. So each head's scores become
+shares by softmax over the pages there are to choose from, shares are averaged over the heads that choose together, and
+the largest win. With the oracle's scores the shares are true attention, and where no page is attended to always, no
+other choice holds more of it; with a digest's they are an estimate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+class PageDigests:
+    """The digests of the full pages of one layer's sequences, on the device.
+
+    Rewriting a context needs no word to it: what is put for a page later replaces what was there.
+
+    Args:
+        n_rows: sequences.
+        like: [m, K, ...], digests of any m pages: those to come have this shape, dtype and device.
+    """
+
+    def __init__(self, n_rows: int, like: torch.Tensor):
+        self._digests = _zeros(n_rows, 0, like)
+
+    @property
+    def capacity(self) -> int:
+        """Pages of each sequence that memory is allocated for."""
+        return self._digests.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated on the device."""
+        return self._digests.nbytes
+
+    def reserve(self, n_pages: int) -> None:
+        """Allocate for `n_pages` of each sequence at once, so that nothing need grow later."""
+        if n_pages > self.capacity:
+            larger = _zeros(self._digests.shape[0], n_pages, self._digests[0])
+            larger[:, : self.capacity] = self._digests
+            self._digests = larger
+
+    def put(self, row: int, first_page: int, digests: torch.Tensor) -> None:
+        """Keep `[m, K, ...]` for the pages of a sequence from `first_page` on. Memory grows by doubling."""
+        end = first_page + digests.shape[0]
+        if end > self.capacity:
+            self.reserve(max(end, 2 * self.capacity))
+        self._digests[row, first_page:end] = digests.detach()
+
+    def of(self, row: int, n: int) -> torch.Tensor:
+        """The digests of a sequence's first `n` pages, `[n, K, ...]`: a view, not a copy."""
+        return self._digests[row].narrow(0, 0, n)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Make sequence i what sequence `rows[i]` was, as beam search asks; the number of sequences may change."""
+        with torch.inference_mode(False):
+            self._digests = self._digests[list(rows)]
+
+
+def _zeros(n_rows: int, n_pages: int, like: torch.Tensor) -> torch.Tensor:
+    """Memory for digests. Never an inference tensor, which a caller outside inference mode could not write to."""
+    with torch.inference_mode(False):
+        return torch.zeros((n_rows, n_pages, *like.shape[1:]), dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The pages that one sequence attends to in one layer of one decode step.
+
+    Attributes:
+        pages: those always attended in ascending order, then the chosen ones, best first; each once.
+        heads: bool [n_pages, K], which key/value head attends to which page of the context; None where all heads attend
+            to all of `pages`.
+    """
+
+    pages: list[int]
+    heads: torch.Tensor | None
+
+
+def choose_pages(
+    scores: torch.Tensor,
+    n_pages: int,
+    always: Collection[int],
+    n_attended: int,
+    per_kv_head: bool,
+) -> Choice:
+    """The pages to attend to: those always attended, and those with the largest shares of the others.
+
+    Where shares are equal the earlier page goes first. A score of -inf is a share of nothing, and a head whose scores
+    are all -inf has no say; such pages are chosen when there are no others. On CUDA the host waits once, for one small
+    copy, and not at all where there is nothing to choose.
+
+    Args:
+        scores: [n, K, G] of the n full pages, as from `Selector.score`.
+        n_pages: pages of the context; n, or n + 1 with the open page.
+        always: pages attended to whatever their score, the open page among them; all below `n_pages`.
+        n_attended: how many pages to attend to, those in `always` included; at most all there are.
+        per_kv_head: each key/value head chooses its own pages, that many of them; `pages` is what any of them chose,
+            the largest share that it has in any head first. Otherwise all heads choose together.
+
+    Raises:
+        ValueError: a page to choose from has a score of NaN or +inf, which ranks nowhere; the open page is not in
+            `always`; or `n_attended` is less than `always`.
+    """
+    n_scored, n_kv_heads, _ = scores.shape
+    if not set(range(n_scored, n_pages)) <= set(always):
+        raise ValueError(f"only {n_scored} of {n_pages} pages have scores, and the others are not always attended to")
+    if n_attended < len(always):
+        raise ValueError(f"{len(always)} pages are always attended to, which is more than {n_attended}")
+    runs = _runs_without(always, n_scored)
+    candidates = [page for run in runs for page in range(run.start, run.stop)]
+    n_chosen = min(n_attended - len(always), len(candidates))
+    if n_chosen == 0:
+        return Choice(sorted(always), None)
+
+    wanted = torch.cat([scores[run] for run in runs]).float()
+    shares = _log_shares(wanted, per_kv_head)  # [candidates, K], or [candidates, 1]
+    top = shares.sort(dim=0, descending=True, stable=True).indices[:n_chosen]  # topk leaves the order of ties open
+    chosen = torch.zeros_like(shares, dtype=torch.bool).scatter_(0, top, True)
+    by_any = chosen.any(1)
+    # What no head chose goes last. A chosen page may be at -inf as well, but then the stable sort keeps it before those
+    # not chosen, as the earliest of equal pages were chosen.
+    best = shares.amax(1).masked_fill(~by_any, -math.inf)
+    order = best.sort(descending=True, stable=True).indices[: top.numel()]
+    unranked = (wanted.isnan() | (wanted == math.inf)).any()
+    *places, count, failed = torch.cat([order, torch.stack([by_any.sum(), unranked.long()])]).tolist()
+    if failed:
+        raise ValueError("a page's score is NaN or +inf: the keys or the query are, or the selector overflowed")
+
+    pages = sorted(always) + [candidates[place] for place in places[:count]]
+    if count == n_chosen:
+        return Choice(pages, None)
+    heads = torch.ones((n_pages, n_kv_heads), dtype=torch.bool, device=scores.device)
+    start = 0
+    for run in runs:
+        length = run.stop - run.start
+        heads[run] = chosen[start : start + length]
+        start += length
+    return Choice(pages, heads)
+
+
+def _log_shares(scores: torch.Tensor, per_kv_head: bool) -> torch.Tensor:
+    """The logarithm of each page's share, summed over query heads: [n, K, G] -> [n, K], or [n, 1] over all heads.
+
+    A sum ranks as a mean does. In logarithms, because shares below what float32 can hold must still be ranked.
+    """
+    shares = scores.log_softmax(0).nan_to_num(nan=-math.inf, neginf=-math.inf)  # NaN: a head with nothing but -inf
+    return shares.logsumexp(2) if per_kv_head else shares.logsumexp((1, 2)).unsqueeze(1)
+
+
+def _runs_without(pages: Collection[int], n: int) -> list[slice]:
+    """The stretches of 0..n-1 between `pages`. As slices, for an index would have to be sent to the device."""
+    edges = [-1, *sorted(page for page in pages if page < n), n]
+    return [slice(left + 1, right) for left, right in itertools.pairwise(edges) if right > left + 1]
