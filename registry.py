@@ -147,6 +147,10 @@ POLICIES = Registry(
         "lru": "page_policies:LRU",
         "mru": "page_policies:MRU",
         "fifo": "page_policies:FIFO",
+        "lfu": "page_policies:LFU",
+        "clock": "page_policies:Clock",
+        "s3fifo": "page_policies:S3FIFO",
+        "attention": "page_policies:AttentionMass",
     },
 )
 SELECTORS = Registry(
