@@ -60,6 +60,7 @@ LAYERS = (
     "page_predictors",
     "page_selectors",
     "page_policies",
+    "shadow_lru",
     "links",
     "utils",
     "registry",
