@@ -33,6 +33,7 @@ LAYERS = (
     "paged_sequence",
     "hf_attention",
     "page_store",
+    "host_pages",
     "page_table",
     "page_selection",
     "paged_attention",
@@ -82,6 +83,7 @@ NEED_TORCH = {
     "hf_attention",
     "page_store",
     "page_selection",
+    "host_pages",
     "paged_attention",
 }
 
