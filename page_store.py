@@ -1,7 +1,7 @@
-"""Where page bytes live and how they move: a pool of device slots, host pages, and the copies between them.
+"""How page bytes move: a pool of device slots, and the copies between it and the host pages.
 
 One `PageStore` serves one layer. Its pool is one tensor `[n_slots, 2, K, P, D]` (keys, then values), allocated once, so
-that a page is one contiguous block and one copy. Host pages have the same shape and, on CUDA, pinned memory. The page
+that a page is one contiguous block and one copy. Host pages have the same shape and lie in host_pages.py. The page
 table says which slot; the store never decides anything, it only moves bytes.
 
 Copies go through a `Transport`, one for each device, and are first in, first out. A copy that reads what an earlier one
@@ -18,7 +18,6 @@ function that reads it from events after the run.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import queue
 import threading
@@ -26,15 +25,16 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from host_pages import HostPages
 from links import Link
 
-HOST_ROWS_ADDED = 16  # host pages allocated at a time where the context outgrows what was reserved
 SPIN_SECONDS = 2e-4  # time.sleep overshoots by about this much, so the end of a wait is spun
-
+WORKER_LOOK_SECONDS = 1.0  # how often a wait looks whether the worker thread is still there
 
 Moves = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -45,6 +45,8 @@ class TransferFailed(RuntimeError):
 
 class Ticket(Protocol):
     """One copy under way."""
+
+    error: BaseException | None  # why it failed, once it is done
 
     def done(self) -> bool: ...
 
@@ -85,6 +87,7 @@ def transport_for(device: torch.device, link: Link) -> Transport:
 @dataclass
 class _ThreadTicket:
     finished: threading.Event
+    worker: threading.Thread
     due: float = 0.0  # perf_counter time before which a simulated link has not delivered
     error: BaseException | None = None
 
@@ -95,7 +98,7 @@ class _ThreadTicket:
         if self.done() and self.error is None:
             return 0.0
         start = time.perf_counter()
-        self.finished.wait()
+        _wait_for_worker(self.finished, self.worker)
         if self.error is not None:
             raise TransferFailed(f"copying a page failed: {self.error}") from self.error
         remaining = self.due - time.perf_counter()
@@ -104,6 +107,15 @@ class _ThreadTicket:
         while time.perf_counter() < self.due:
             pass
         return 1000.0 * (time.perf_counter() - start)
+
+
+def _wait_for_worker(event: threading.Event, worker: threading.Thread) -> None:
+    """Wait for an event that only the worker sets, which one that has ended never will. A fork has none, for example:
+    threads stay behind in the parent process."""
+    while worker.is_alive() and not event.wait(WORKER_LOOK_SECONDS):
+        pass
+    if not event.is_set():
+        raise TransferFailed("the thread that copies pages has ended")
 
 
 class ThreadTransport:
@@ -115,29 +127,24 @@ class ThreadTransport:
         self._link_free_at = {True: 0.0, False: 0.0}  # by direction: to the device, to the host
         self._busy_seconds = 0.0
         # The thread must not keep the transport alive, or neither would ever end.
-        worker = threading.Thread(
-            target=_serve, args=(self._orders, weakref.ref(self)), name="page-transfers", daemon=True
-        )
-        worker.start()
-        weakref.finalize(self, _stop, self._orders, worker)
+        served = self._orders, weakref.ref(self)
+        self._worker = threading.Thread(target=_serve, args=served, name="page-transfers", daemon=True)
+        self._worker.start()
+        weakref.finalize(self, _stop, self._orders, self._worker)
 
     def copy(self, moves: Moves, to_device: bool, after: Sequence[Ticket] = ()) -> Ticket:
-        ticket = _ThreadTicket(threading.Event())
+        ticket = _ThreadTicket(threading.Event(), self._worker)
         self._orders.put((ticket, moves, to_device, after, time.perf_counter()))
         return ticket
 
     def busy_ms(self) -> float:
-        self._finish_orders()
+        all_done = threading.Event()
+        self._orders.put(all_done)  # the worker sets it after all that was asked of it before
+        _wait_for_worker(all_done, self._worker)
         return 1000.0 * self._busy_seconds
 
     def restart_clock(self) -> None:
         self._busy_seconds = 0.0
-
-    def _finish_orders(self) -> None:
-        """Wait until the worker has done all that was asked of it so far."""
-        done = threading.Event()
-        self._orders.put(done)
-        done.wait()
 
     def adopt(self, pool: torch.Tensor) -> None:
         pass  # an order under way holds its tensors
@@ -190,6 +197,7 @@ def _copy_bytes(destination: torch.Tensor, source: torch.Tensor) -> None:
 class _StreamTicket:
     event: torch.cuda.Event
     device: torch.device
+    error: None = None  # an error of CUDA ends everything after it
 
     def done(self) -> bool:
         return self.event.query()
@@ -239,13 +247,18 @@ class StreamTransport:
 
 
 class PageStore:
-    """The device slots and host pages of one layer.
+    """The device slots of one layer, and the copies between them and its host pages.
 
     Args:
         n_slots: device slots.
         page_shape: (K, P, D): key/value heads, positions of a page, head size.
         dtype, device: of the pool.
         transport: what copies travel on; shared by the layers of a device.
+        memory_rows, disk_dir: how many host pages lie in memory, and where the others do; see `HostPages`.
+
+    Attributes:
+        pool: [n_slots, 2, K, P, D]; another tensor after `select_lanes` with another number of lanes.
+        host: the host pages. Rows go back through `release`, which knows of the copies.
     """
 
     def __init__(
@@ -255,6 +268,8 @@ class PageStore:
         dtype: torch.dtype,
         device: torch.device,
         transport: Transport,
+        memory_rows: int | None = None,
+        disk_dir: Path | str | None = None,
     ):
         # Zeros touch the memory now, outside of any clock. And never an inference tensor, which a caller outside
         # inference mode could not write to.
@@ -262,49 +277,41 @@ class PageStore:
             self.pool = torch.zeros((n_slots, 2, *page_shape), dtype=dtype, device=device)
         transport.adopt(self.pool)
         self.transport = transport
-        self.host_is_pinned = device.type == "cuda"
-        self._segments: list[torch.Tensor] = []
-        self._segment_ends: list[int] = []  # row after the last of each segment
+        self.host = HostPages((2, *page_shape), dtype, device.type == "cuda", memory_rows, disk_dir)
         self._to_host: dict[int, Ticket] = {}  # slot -> copy that still reads it
         self._to_device: dict[int, Ticket] = {}  # slot -> copy that still writes it
-        self._sealing: dict[int, Ticket] = {}  # host row -> copy that writes it, until the row is read
+        self._sealing: dict[int, Ticket] = {}  # host row -> copy that writes it, until it is known to have arrived
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, keys and values."""
         return self.pool[0].nbytes
 
-    @property
-    def host_bytes(self) -> int:
-        return sum(segment.nbytes for segment in self._segments)
-
     def reserve_host(self, n_rows: int) -> None:
-        """Allocate host pages for rows 0..n_rows-1 at once; pinning them is slow, and does not belong into a run."""
-        reserved = self._segment_ends[-1] if self._segment_ends else 0
-        if n_rows > reserved:
-            self._segments.append(self._new_segment(n_rows - reserved))
-            self._segment_ends.append(n_rows)
+        """Allocate host pages for rows 0..n_rows-1 at once; raises as `HostPages.reserve` does."""
+        self.host.reserve(n_rows)
 
-    def host_page(self, row: int) -> torch.Tensor:
-        """The host page `[2, K, P, D]` of a row; allocated when first used."""
-        if not self._segment_ends or row >= self._segment_ends[-1]:
-            self.reserve_host(row + HOST_ROWS_ADDED)
-        segment, place = self._place(row)
-        return self._segments[segment][place]
-
-    def seal(self, slot: int, row: int) -> None:
-        """Start writing a full page to its host row."""
-        ticket = self.transport.copy([(self.host_page(row), self.pool[slot])], to_device=False)
+    def seal(self, slot: int) -> int:
+        """Start writing a full page to the host; returns the row taken for it, which is the caller's to release."""
+        row = self.host.take()
+        ticket = self.transport.copy([(self.host.page(row), self.pool[slot])], to_device=False)
         self._to_host[slot] = self._sealing[row] = ticket
+        return row
+
+    def release(self, row: int) -> None:
+        """Give a reference to a host row back, also while copies of it are under way: whoever takes the row next writes
+        after them, as transports keep the order. That a page given up never arrived is no concern of the next one."""
+        if self.host.release(row):
+            self._sealing.pop(row, None)
 
     def fetch(self, pages: Sequence[tuple[int, int]]) -> Ticket:
         """Start copying `(slot, row)` pages to the device as one transfer, neighbours in one copy."""
-        moves = []
-        for slot, row, length in self._runs(pages):
-            segment, place = self._place(row)
-            moves.append((self.pool[slot : slot + length], self._segments[segment][place : place + length]))
-        sealing = [self._sealing.pop(row) for _, row in pages if row in self._sealing]
-        ticket = self.transport.copy(moves, to_device=True, after=sealing)
+        runs = self._runs(pages)
+        moves = [(self.pool[slot : slot + length], self.host.stretch(row, length)) for slot, row, length in runs]
+        sealing = {row: self._sealing[row] for _, row in pages if row in self._sealing}
+        ticket = self.transport.copy(moves, to_device=True, after=list(sealing.values()))
+        for row in [row for row, seal in sealing.items() if seal.done() and seal.error is None]:
+            del self._sealing[row]  # a failed one stays: this copy may be given up, and the row be asked for again
         self._to_device.update((slot, ticket) for slot, _ in pages)
         return ticket
 
@@ -320,12 +327,13 @@ class PageStore:
         return sum(stalls, 0.0)
 
     def drain(self) -> None:
-        """Wait until every page on its way to the host is there."""
-        for slot in list(self._to_host):
-            self._to_host.pop(slot).wait()
+        """Wait until every sealed page is on the host. Raises TransferFailed if one never arrived."""
+        for ticket in self._sealing.values():
+            ticket.wait()
+        self._sealing.clear()
 
     def settle(self) -> None:
-        """Wait until no copy is under way, in either direction; that one failed no longer matters."""
+        """Wait until no copy is under way; that one failed no longer matters, as every page is about to be given up."""
         for copies in (self._to_host, self._to_device):
             for ticket in copies.values():
                 with contextlib.suppress(TransferFailed):
@@ -333,20 +341,33 @@ class PageStore:
             copies.clear()
         self._sealing.clear()
 
-    def _new_segment(self, n_rows: int) -> torch.Tensor:
-        shape = (n_rows, *self.pool.shape[1:])
-        with torch.inference_mode(False):  # as for the pool
-            if self.host_is_pinned:
-                try:
-                    return torch.empty(shape, dtype=self.pool.dtype, pin_memory=True)
-                except RuntimeError:  # the system refuses more pinned memory; results report host_is_pinned
-                    self.host_is_pinned = False
-            return torch.empty(shape, dtype=self.pool.dtype)
+    def select_lanes(self, lanes: Sequence[int], slots_per_lane: int) -> None:
+        """Reorder, repeat or drop whole sequences: lane `i` then holds what lane `lanes[i]` held, slot by slot.
 
-    def _place(self, row: int) -> tuple[int, int]:
-        """The segment that holds a row, and the row's place in it."""
-        segment = bisect.bisect_right(self._segment_ends, row)
-        return segment, row - (self._segment_ends[segment - 1] if segment else 0)
+        A lane is `slots_per_lane` consecutive slots. As many lanes as there were are changed in place, with a passing
+        copy of those both read and written; for another number there is a new pool. Copies under way are waited for.
+
+        Raises:
+            TransferFailed: one of those copies failed; the pool is as it was.
+            ValueError: the pool has no such lane, or is no whole number of lanes.
+        """
+        n_lanes, rest = divmod(len(self.pool), slots_per_lane)
+        if rest or not lanes or not all(0 <= lane < n_lanes for lane in lanes):
+            raise ValueError(f"{len(self.pool)} slots have no lanes {list(lanes)} of {slots_per_lane} slots")
+        for copies in (self._to_host, self._to_device):
+            for ticket in copies.values():
+                ticket.wait()
+            copies.clear()
+        held = self.pool.view(n_lanes, slots_per_lane, *self.pool.shape[1:])
+        with torch.inference_mode(False):  # as for the first pool
+            if len(lanes) != n_lanes:
+                self.pool = torch.cat([held[lane] for lane in lanes])
+                self.transport.adopt(self.pool)
+                return
+            changed = [place for place, lane in enumerate(lanes) if place != lane]
+            read_after_written = {lane: held[lane].clone() for lane in set(changed) & set(lanes)}
+            for place in changed:
+                held[place] = read_after_written.get(lanes[place], held[lanes[place]])
 
     def _runs(self, pages: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """`(slot, row, length)` of the stretches in which slot and row go up together, within a host segment."""
@@ -354,7 +375,7 @@ class PageStore:
         for slot, row in sorted(pages):
             if runs:
                 first_slot, first_row, length = runs[-1]
-                if (slot, row) == (first_slot + length, first_row + length) and row not in self._segment_ends:
+                if (slot, row) == (first_slot + length, first_row + length) and self.host.same_segment(row - 1, row):
                     runs[-1] = (first_slot, first_row, length + 1)
                     continue
             runs.append((slot, row, 1))
