@@ -13,6 +13,10 @@ attention: what a predictor needs comes free.
 Pages are the batch dimension of one fused kernel call. The log-sum-exp comes from PyTorch's fused kernels, whose
 operators are private, so they are called in one place, `attention_with_lse`, with a plain fallback beside it.
 
+Two variations of attention fit in without approximation. A soft cap bends each score by itself, so it is applied inside
+each part. An attention sink, a learned logit in the softmax's denominator that has no value, is one more part to merge:
+its log-sum-exp is the logit and its output is 0 (`sink_part`).
+
 Shapes: B sequences, H query heads, K key/value heads, G = H / K, T query positions, P positions of a page, D head size.
 """
 
@@ -46,6 +50,7 @@ def attention_with_lse(
     scale: float,
     causal: bool = False,
     allowed: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> Partial:
     """Fused scaled dot-product attention that also returns the log-sum-exp.
 
@@ -55,9 +60,14 @@ def attention_with_lse(
         scale: factor on the scores.
         causal: query i sees keys 0..i (T == S).
         allowed: bool, broadcastable to [N, 1, T, S]; True where a key may be seen. Not together with `causal`.
+        softcap: bounds the scaled scores s smoothly, softcap * tanh(s / softcap), as in Gemma 2
+            (https://arxiv.org/abs/2408.00118); no fused kernel does that, so it takes the plain path.
     """
-    fused = _fused_kernel(query, value, allowed)
-    out, lse = (fused or plain_attention_with_lse)(query, key, value, scale, causal, allowed)
+    if softcap is not None:
+        out, lse = plain_attention_with_lse(query, key, value, scale, causal, allowed, softcap)
+    else:
+        fused = _fused_kernel(query, value, allowed)
+        out, lse = (fused or plain_attention_with_lse)(query, key, value, scale, causal, allowed)
     if allowed is not None:
         # The kernels give rows without any allowed key an arbitrary finite log-sum-exp.
         lse = lse.masked_fill(~allowed.any(-1).expand_as(lse), NEGATIVE_INFINITY)
@@ -104,10 +114,12 @@ def _cuda_efficient(query, key, value, scale, causal, allowed):
     return out, lse[..., : query.shape[2]]  # the kernel pads T to a multiple of 32
 
 
-def plain_attention_with_lse(query, key, value, scale, causal, allowed):
+def plain_attention_with_lse(query, key, value, scale, causal, allowed, softcap=None):
     """The definition of attention, in float32; the reference for the fused kernels and the fallback where none fits."""
     key, value = _repeat_heads(query, key, value)
     scores = (query.float() @ key.float().transpose(-1, -2)) * scale  # [N, H, T, S]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if allowed is not None:
@@ -122,6 +134,29 @@ def _repeat_heads(query, key, value):
     if groups == 1:
         return key, value
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def attention_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *,
+    scale: float,
+    allowed: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention over keys that are all in one place: [N, H, T, D], float32.
+
+    Args:
+        sinks: [H], see `sink_part`; None for none.
+        query, key, value, scale, allowed, softcap: as in `attention_with_lse`.
+    """
+    part = attention_with_lse(query, key, value, scale=scale, allowed=allowed, softcap=softcap)
+    if sinks is None:
+        return part.out
+    # The merge of two parts, of which the sink's output is 0: exp(lse) / (exp(lse) + exp(sink)) of the other is left.
+    return part.out * torch.sigmoid(part.lse - sinks.float()[:, None]).unsqueeze(-1)
 
 
 def group_heads(query: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
@@ -143,6 +178,7 @@ def attend_pages(
     *,
     scale: float,
     allowed: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> Partial:
     """Attention of one sequence's query over each of n pages separately.
 
@@ -150,12 +186,33 @@ def attend_pages(
         grouped_query: [1, K, R, D], R = G*T rows.
         keys, values: [n, K, P, D].
         allowed: bool [n, 1, R or 1, P], or None.
+        softcap: as in `attention_with_lse`.
 
     Returns:
         A Partial with out [n, K, R, D] and lse [n, K, R].
     """
     query = grouped_query.expand(keys.shape[0], -1, -1, -1)
-    return attention_with_lse(query, keys, values, scale=scale, allowed=allowed)
+    return attention_with_lse(query, keys, values, scale=scale, allowed=allowed, softcap=softcap)
+
+
+def sink_part(sinks: torch.Tensor, like: Partial) -> Partial:
+    """What attention sinks add to a merge: a key that every row sees with the score `sinks[head]`, and no value.
+
+    Merged once, beside the pages, it takes its share of the softmax and gives nothing for it, as in gpt-oss
+    (https://arxiv.org/abs/2508.10925); with logits of 0 it is the zero sink of Xiao et al. 2023
+    (https://arxiv.org/abs/2309.17453).
+
+    Args:
+        sinks: [H], one logit per query head.
+        like: a part that it will be merged with: out [n, K, R, D], rows as `group_heads` makes them.
+
+    Returns:
+        A Partial with out [1, K, R, D] and lse [1, K, R].
+    """
+    n_kv_heads, n_rows, _ = like.out.shape[1:]
+    group = sinks.numel() // n_kv_heads
+    lse = sinks.to(like.lse).reshape(1, n_kv_heads, group, 1).expand(-1, -1, -1, n_rows // group)
+    return Partial(torch.zeros_like(like.out[:1]), lse.reshape(1, n_kv_heads, n_rows))
 
 
 def merge(parts: list[Partial]) -> Partial:
@@ -184,6 +241,6 @@ def page_mass(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         total: [1, K, R] of the whole context.
 
     Returns:
-        [n] float32; over all pages of the context it sums to 1.
+        [n] float32; over all pages of the context it sums to 1, or to what an attention sink in the total left over.
     """
     return torch.exp(lse - total).nan_to_num(0.0).mean(dim=(1, 2))

@@ -15,10 +15,12 @@ from paged_attention import (
     Partial,
     attend_pages,
     attention_with_lse,
+    attention_with_sinks,
     group_heads,
     merge,
     page_mass,
     plain_attention_with_lse,
+    sink_part,
     ungroup_heads,
 )
 
@@ -37,7 +39,7 @@ def states(n: int, heads: tuple[int, int], n_queries: int, n_keys: int, head_dim
     return query, *(draw(n, n_kv_heads, n_keys, head_dim, seed=seed + more) for more in (1, 2))
 
 
-def softmax_by_hand(query, key, value, scale, allowed=None):
+def softmax_by_hand(query, key, value, scale, allowed=None, softcap=None, sinks=None):
     """Attention, head by head and row by row, in float64: (out, weights)."""
     n, n_heads, n_queries, head_dim = query.shape
     group = n_heads // key.shape[1]
@@ -47,8 +49,11 @@ def softmax_by_hand(query, key, value, scale, allowed=None):
         for head in range(n_heads):
             for row in range(n_queries):
                 scores = [scale * float(query[one, head, row].double() @ k.double()) for k in key[one, head // group]]
+                if softcap is not None:
+                    scores = [softcap * math.tanh(score / softcap) for score in scores]
                 seen = [s for s in range(len(scores)) if allowed is None or bool(allowed[one, 0, row, s])]
                 total = sum(math.exp(scores[s]) for s in seen)
+                total += 0.0 if sinks is None else math.exp(sinks[head])
                 for s in seen:
                     weights[one, head, row, s] = math.exp(scores[s]) / total
                     out[one, head, row] += weights[one, head, row, s] * value[one, head // group, s].double()
@@ -127,6 +132,36 @@ def test_keys_and_values_of_different_head_sizes_still_give_attention():
     value = draw(2, 2, 6, 24, seed=7)
     part = attention_with_lse(query, key, value, scale=0.25)
     agree(part, F.scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=0.25))
+
+
+@pytest.mark.parametrize("softcap", [0.3, 2.0, 50.0])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_soft_cap_bends_the_scaled_scores_before_the_mask(heads, softcap):
+    query, key, value = states(2, heads, n_queries=3, n_keys=5, head_dim=4)
+    allowed = draw(2, 1, 3, 5, seed=9) > -0.5
+    part = attention_with_lse(query, key, value, scale=1.5, allowed=allowed, softcap=softcap)
+    expected, _ = softmax_by_hand(query, key, value, 1.5, allowed, softcap)
+    agree(part, expected)
+    assert (part.lse <= softcap + math.log(5)).all()  # no score exceeds the cap
+
+
+def test_a_soft_cap_far_above_the_scores_changes_nothing():
+    query, key, value = states(2, (4, 2), 3, 9, 16)
+    plain = attention_with_lse(query, key, value, scale=0.25, causal=False)
+    agree(attention_with_lse(query, key, value, scale=0.25, softcap=1e4), plain.out, plain.lse)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_sinks_take_their_share_of_the_softmax_and_give_nothing_for_it(heads):
+    query, key, value = states(2, heads, n_queries=3, n_keys=5, head_dim=4)
+    allowed = draw(2, 1, 3, 5, seed=9) > -0.5
+    allowed[0, 0, 1] = False
+    sinks = draw(heads[0], seed=11)
+    out = attention_with_sinks(query, key, value, sinks, scale=0.8, allowed=allowed)
+    expected, _ = softmax_by_hand(query, key, value, 0.8, allowed, sinks=sinks)
+    torch.testing.assert_close(out, expected.float(), atol=2e-6, rtol=1e-5)
+    without = attention_with_sinks(query, key, value, None, scale=0.8, allowed=allowed)
+    assert torch.equal(without, attention_with_lse(query, key, value, scale=0.8, allowed=allowed).out)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------
@@ -220,6 +255,32 @@ def test_the_mass_of_a_page_is_its_share_of_the_softmax(heads, n_pages, seed):
     by_hand = weights[0, :, 0].reshape(heads[0], n_pages, 4).sum(-1).mean(0)
     torch.testing.assert_close(mass.double(), by_hand, atol=1e-5, rtol=1e-5)
     assert mass.sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    heads=st.sampled_from(HEADS),
+    n_queries=st.integers(1, 3),
+    n_pages=st.integers(1, 5),
+    softcap=st.sampled_from([None, 0.5, 5.0]),
+    seed=st.integers(0, 1000),
+)
+def test_a_sink_is_one_more_part_of_the_merge(heads, n_queries, n_pages, softcap, seed):
+    """Out and mass are those of the softmax with the sink in its denominator; the mass left over is the sink's."""
+    query, key, value = states(1, heads, n_queries, 4 * n_pages, 8, seed)
+    sinks = 2 * draw(heads[0], seed=seed + 3)
+    expected, weights = softmax_by_hand(query, key, value, 0.5, None, softcap, sinks)
+    keys, values = (torch.cat(pages_of(x, 4)) for x in (key, value))
+    part = attend_pages(group_heads(query, heads[1]), keys, values, scale=0.5, softcap=softcap)
+    sink = sink_part(sinks, part)
+    total = merge([part, sink])
+    agree(Partial(ungroup_heads(total.out, heads[0]), total.lse), expected)
+    mass = page_mass(part.lse, total.lse)
+    by_hand = weights[0].reshape(heads[0], n_queries, n_pages, 4).sum(-1).mean((0, 1))
+    torch.testing.assert_close(mass.double(), by_hand, atol=1e-5, rtol=1e-5)
+    left_over = page_mass(sink.lse, total.lse).item()
+    assert mass.sum().item() + left_over == pytest.approx(1.0, abs=1e-5)
+    assert left_over > 0
 
 
 def test_a_page_that_nobody_may_see_has_no_mass():
