@@ -507,6 +507,19 @@ def test_s3fifo_takes_from_a_small_queue_below_its_share_only_when_the_main_queu
     assert policy.victim({1, 2, 3}) == 5
 
 
+def test_s3fifo_takes_the_only_unpinned_page_though_pinned_ones_have_just_moved_to_the_main_queue():
+    assert s3fifo_of(range(4), used_twice=range(3), small_fraction=0.5).victim({0, 1, 2}) == 3
+
+
+def test_s3fifo_counts_no_more_than_three_uses():
+    policy = s3fifo_of([0, 1], used_twice=[0, 1])
+    assert policy.victim(()) == 0, "both have moved, and their uses are forgotten"
+    for page, uses in ((0, 10), (1, 3)):
+        for _ in range(uses):
+            policy.touch(page)
+    assert policy.victim(()) == 0
+
+
 @pytest.mark.parametrize("small_fraction", [0, 1, -0.5, 1.5, math.nan])
 def test_s3fifo_refuses_a_small_queue_that_is_nothing_or_all(small_fraction):
     with pytest.raises(ValueError, match="small_fraction lies between 0 and 1"):
