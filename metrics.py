@@ -1,15 +1,9 @@
-"""What a run records, and the formulas that turn records into figures.
+"""What a run leaves behind, and the formulas that turn records into figures.
 
-Three ideas:
+Two ideas:
 
-* **One recorder counts.** The paged cache reports its events to a `Recorder`; nothing else keeps a count. Events
-  are split into the two phases of inference: *prefill* (the prompt, many tokens at once) and *decode* (one token a
-  step). Rates such as the hit rate are about decode, where paging decides the speed.
 * **Missing is None, never 0.** A figure that was not measured, or whose denominator is empty, is None.
 * **A result is plain values.** `RunResult.to_dict()` is JSON as it stands, with `schema_version`.
-
-An *access* is one page wanted by one layer in one step for one sequence. It is a *miss* when its copy has to be asked
-for then and there, *late* when the copy was on its way already and computing had to wait for it, and else a *hit*.
 
 The prefetch figures are those of hardware prefetching (Srinath et al., "Feedback Directed Prefetching", HPCA 2007):
 accuracy = useful / issued, coverage = useful / (useful + misses), timeliness = on time / useful.
@@ -19,15 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-SCHEMA_VERSION = 1
-EVENT_RESOLUTION_MS = 0.005  # two CUDA events next to each other are a few microseconds apart
+from recorder import Recorder
 
-Stall = float | Callable[[], float]
+SCHEMA_VERSION = 1
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -35,6 +27,11 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     if numerator is None or not denominator:
         return None
     return numerator / denominator
+
+
+def difference(one: float | None, other: float | None) -> float | None:
+    """`one - other`, or None where either is missing."""
+    return None if one is None or other is None else one - other
 
 
 def percent(part: float | None, whole: float | None) -> float | None:
@@ -121,135 +118,6 @@ class Timing:
         }
 
 
-@dataclasses.dataclass
-class StepRecord:
-    """Page traffic of one forward pass, a prefill chunk or a decode step, summed over layers and sequences.
-
-    `prefetch_issued` counts copies asked for ahead of need in this step; `prefetch_on_time`, `prefetch_late` and
-    `prefetch_wasted` are counted in the step in which the page was used, or dropped without having been used.
-    `must_move` is the least number of pages any policy has to fetch in this step, given the budget.
-    """
-
-    step: int
-    phase: str
-    hits: int = 0
-    late: int = 0
-    misses: int = 0
-    evictions: int = 0
-    prefetch_issued: int = 0
-    prefetch_on_time: int = 0
-    prefetch_late: int = 0
-    prefetch_wasted: int = 0
-    h2d_pages: int = 0
-    d2h_pages: int = 0
-    must_move: int = 0
-    stall_ms: float = 0.0
-
-    @property
-    def accesses(self) -> int:
-        return self.hits + self.late + self.misses
-
-
-class Recorder:
-    """Counts what the paged cache does; the only place that counts.
-
-    The inference thread writes, any thread may read through `snapshot`. Stalls on CUDA are pairs of events that can
-    only be read once the device has passed them, so a stall may be a callable: it is resolved in `settle`, after the
-    run.
-    """
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything; the next `begin_step` starts at step 0."""
-        with self._lock:
-            self.steps: list[StepRecord] = []
-            self.by_layer: dict[int, StepRecord] = {}
-            self._unread: list[tuple[list[StepRecord], Callable[[], float], int]] = []
-
-    def begin_step(self, phase: str) -> None:
-        """Open the record of the next forward pass; `phase` is `"prefill"` or `"decode"`."""
-        with self._lock:
-            self.steps.append(StepRecord(step=len(self.steps), phase=phase))
-
-    def count(self, layer: int, **counts: int) -> None:
-        """Add to the current step, and for decode to its layer: `count(3, hits=7, misses=1)`."""
-        with self._lock:
-            for record in self._records(layer):
-                for name, amount in counts.items():
-                    setattr(record, name, getattr(record, name) + amount)
-
-    def waited(self, layer: int, stall: Stall, n_prefetched: int = 0) -> None:
-        """Add time that computing waited for a copy.
-
-        Args:
-            stall: milliseconds, or a function that gives them after the run.
-            n_prefetched: pages of that copy that were made ahead and have been asked for; they are late, or hits if it
-                turns out that nothing had to wait for them.
-        """
-        with self._lock:
-            records = self._records(layer)
-            if callable(stall):
-                self._unread.append((records, stall, n_prefetched))
-            else:
-                _add_wait(records, stall, n_prefetched)
-
-    def settle(self) -> None:
-        """Read the stalls that were still on the device. Call after the device has finished the run."""
-        with self._lock:
-            unread, self._unread = self._unread, []
-            for records, stall, n_prefetched in unread:
-                _add_wait(records, stall(), n_prefetched)
-
-    def snapshot(self, phase: str) -> dict[str, Any]:
-        """Totals over the steps of one phase; what depends on stalls is None while some are still on the device."""
-        with self._lock:
-            steps = [step for step in self.steps if step.phase == phase]
-            totals = {"steps": len(steps), **_totals(steps)}
-            if self._unread:
-                totals |= dict.fromkeys(("accesses", "hits", "late", "prefetch_on_time", "prefetch_late", "stall_ms"))
-            return totals
-
-    def step_dicts(self) -> list[dict[str, Any]]:
-        with self._lock:
-            return [dataclasses.asdict(step) for step in self.steps]
-
-    def layer_dicts(self) -> list[dict[str, Any]]:
-        """Decode totals by layer, in layer order."""
-        with self._lock:
-            return [{"layer": layer, **_totals([record])} for layer, record in sorted(self.by_layer.items())]
-
-    def _records(self, layer: int) -> list[StepRecord]:
-        if not self.steps:
-            raise RuntimeError("a page event was reported before begin_step")
-        current = self.steps[-1]
-        if current.phase != "decode":
-            return [current]
-        return [current, self.by_layer.setdefault(layer, StepRecord(step=-1, phase="decode"))]
-
-
-def _add_wait(records: Sequence[StepRecord], stall_ms: float, n_prefetched: int) -> None:
-    for record in records:
-        record.stall_ms += stall_ms
-        if stall_ms > EVENT_RESOLUTION_MS:
-            record.late += n_prefetched
-            record.prefetch_late += n_prefetched
-        else:
-            record.hits += n_prefetched
-            record.prefetch_on_time += n_prefetched
-
-
-_SUMMED = [field.name for field in dataclasses.fields(StepRecord) if field.name not in ("step", "phase")]
-
-
-def _totals(records: Sequence[StepRecord]) -> dict[str, Any]:
-    totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in _SUMMED}
-    totals["accesses"] = totals["hits"] + totals["late"] + totals["misses"]
-    return totals
-
-
 def cache_figures(
     recorder: Recorder, timing: Timing, page_bytes: int, link: dict[str, Any], transfer_ms: float | None
 ) -> dict[str, Any]:
@@ -263,19 +131,25 @@ def cache_figures(
     decode = recorder.snapshot("decode")
     h2d_bytes = decode["h2d_pages"] * page_bytes
     measured_gb_s = ratio(h2d_bytes / 1e6, transfer_ms)
+    hit_rate, shadow_hit_rate = (ratio(decode[name], decode["accesses"]) for name in ("hits", "shadow_hits"))
     return {
         "accesses": decode["accesses"],
         "hits": decode["hits"],
         "late": decode["late"],
         "misses": decode["misses"],
-        "hit_rate": ratio(decode["hits"], decode["accesses"]),
+        "hit_rate": hit_rate,
         "late_rate": ratio(decode["late"], decode["accesses"]),
         "miss_rate": ratio(decode["misses"], decode["accesses"]),
+        "shadow_lru_hit_rate": shadow_hit_rate,
+        "gain_over_lru": None
+        if decode["hits"] is None
+        else ratio(decode["hits"] - decode["shadow_hits"], decode["accesses"]),
         "evictions": decode["evictions"],
         "h2d_bytes": h2d_bytes,
         "d2h_bytes": decode["d2h_pages"] * page_bytes,
         "stall_ms": decode["stall_ms"],
         "stall_percent": percent(decode["stall_ms"], timing.decode_ms),
+        "stages": _stages(decode, timing),
         "transfer_ms": transfer_ms,
         "effective_bandwidth_gb_s": measured_gb_s,
         "link": link,
@@ -283,6 +157,19 @@ def cache_figures(
         "by_layer": recorder.layer_dicts(),
         "prefill": _prefill_figures(recorder, page_bytes),
     }
+
+
+def _stages(decode: dict[str, Any], timing: Timing) -> dict[str, float | None]:
+    """Where decode time goes, in ms: the stages of paging (see `recorder.StepRecord`), and all the rest."""
+    stages = {
+        "select_ms": decode["select_ms"],
+        "wait_ms": decode["stall_ms"],
+        "copy_ms": decode["copy_ms"],
+        "attend_ms": decode["attend_ms"],
+    }
+    if timing.decode_ms is None or None in stages.values():
+        return {**stages, "other_ms": None}
+    return {**stages, "other_ms": timing.decode_ms - sum(stages.values())}
 
 
 def _prefill_figures(recorder: Recorder, page_bytes: int) -> dict[str, Any]:
