@@ -254,6 +254,10 @@ class ReactiveExperiment(Experiment):
         " bus is used, whatever is set here.",
     )
 
+    record_pages: bool = Field(
+        False, description="Keep in the result which pages each layer asked for at each step, as heat maps need."
+    )
+
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
         yield from paging_conflicts(self)

@@ -32,6 +32,10 @@ from run_specs import RunSpec
 from utils import environment, is_out_of_memory, set_seed
 from workloads import TokenRows, prompt_tokens, token_sha256
 
+KV_BYTES = (  # on the device; the part of it on top of the budget; that of resident pages; digests; memory; files
+    *("device_kv_bytes", "staging_bytes", "resident_bytes", "digest_bytes"),
+    *("host_kv_bytes", "disk_kv_bytes"),
+)
 WARMUP_TOKENS = 4  # enough to run prefill and decode once; more would only repeat decode
 
 
@@ -47,7 +51,7 @@ class MeasuredCache(Protocol):
         ...
 
     def memory(self) -> dict[str, int | None]:
-        """`device_kv_bytes`, `staging_bytes` (the part of it on top of the budget) and `host_kv_bytes`."""
+        """Those of `KV_BYTES` that this cache knows; the others are None in the result."""
         ...
 
     def figures(self, timing: Timing) -> dict[str, Any]:
@@ -101,8 +105,8 @@ class HFCache:
         for tensor in _tensors_of(self.cache):
             sizes["cpu" if tensor.device.type == "cpu" else "device"] += tensor.nbytes
         if self.model.device.type == "cpu":  # the CPU is the device here; nothing is anywhere else
-            return {"device_kv_bytes": sizes["cpu"], "staging_bytes": None, "host_kv_bytes": 0}
-        return {"device_kv_bytes": sizes["device"], "staging_bytes": None, "host_kv_bytes": sizes["cpu"]}
+            return {"device_kv_bytes": sizes["cpu"], "host_kv_bytes": 0}
+        return {"device_kv_bytes": sizes["device"], "host_kv_bytes": sizes["cpu"]}
 
     def figures(self, timing: Timing) -> dict[str, Any]:
         return {}
@@ -166,7 +170,7 @@ def measured_run(
         timing=generation.timing.to_dict(),
         memory={**generation.memory, **_kv_memory(cache, model, len(prompt[0]), generation)},
         power=generation.power,
-        quality=fidelity(generation.tokens, reference),
+        quality={"exact": spec.exact, **fidelity(generation.tokens, reference)},
         tokens=tokens_block(model, generation.tokens),
         **cache.figures(generation.timing),
     )
@@ -290,7 +294,7 @@ def _kv_memory(cache: MeasuredCache, model: LoadedModel, n_prompt: int, generati
     """Bytes of keys and values by place, and what the whole context would take on the device."""
     positions = n_prompt + generation.timing.n_tokens - 1  # the last token is never fed back
     whole = positions * len(generation.tokens) * model.shape.kv_bytes_per_token(model.dtype_name)
-    return {**cache.memory(), "kv_bytes_total": whole}
+    return {**dict.fromkeys(KV_BYTES), **cache.memory(), "kv_bytes_total": whole}
 
 
 def failed_run(spec: RunSpec, error: BaseException) -> RunResult:

@@ -32,11 +32,13 @@ from component_cli import demonstrate
 from generation import measured_run
 from hf_attention import CannotPage
 from links import choose_link
-from metrics import Recorder, RunResult, Timing, cache_figures
+from metrics import RunResult, Timing, cache_figures
 from models import LoadedModel
+from padding import masked_positions
 from page_store import Transport, transport_for
 from paged_layer import DecodeAttention, PagedLayer
 from paged_sequence import PagedSequence
+from recorder import Recorder
 from registry import POLICIES, SELECTORS
 from run_specs import Paging, RunSpec
 
@@ -44,11 +46,13 @@ from run_specs import Paging, RunSpec
 class PagedKVCache(Cache):
     """A KV cache in pages, for any Hugging Face causal model with full-attention layers.
 
-    A layer with sliding-window attention keeps transformers' own small cache. The keyword arguments are the fields of
-    `Paging`: `page_size`, `max_gpu_pages`, `staging_pages`, `policy`, `selector`, `sink_pages`, `recent_pages`, `link`.
+    A layer with sliding-window attention keeps transformers' own small cache.
 
     Args:
         config: the model's config.
+        **paging: the fields of `run_specs.Paging`: `page_size`, `max_gpu_pages`, `staging_pages`, `policy`, `selector`
+            with `attention_pages` or `attention_fraction`, `granularity` and `dense_layers`, `sink_pages`,
+            `recent_pages`, `access_order`, `host_pages` and `disk_dir`, `link`, `record_pages`.
 
     Raises:
         CannotPage: the config has layers that hold something other than keys and values, or none with full attention.
@@ -60,11 +64,12 @@ class PagedKVCache(Cache):
         for parts, choice in ((POLICIES, self.paging.policy), (SELECTORS, self.paging.selector)):
             parts.create(choice)  # a wrong name or parameter is found now, not as the first keys come in
         choose_link(self.paging.link, "cpu")
-        self.recorder = Recorder()
+        self.recorder = Recorder(self.paging.record_pages)
         self.phase = "prefill"
         self.prompt_tokens: int | None = None
         self._transports: dict[torch.device, Transport] = {}
         self._attached = self.torn = self._has_decoded = False
+        self._mask_read: tuple[torch.Tensor | None, list[list[int]] | None] = (None, None)
         layers = [self._paged_or_kept(index, layer) for index, layer in enumerate(DynamicCache(config=config).layers)]
         super().__init__(layers=layers)
         self.paged_layers = [layer for layer in layers if isinstance(layer, PagedLayer)]
@@ -76,7 +81,9 @@ class PagedKVCache(Cache):
             return PagedLayer(index, self.paging, self)
         if type(layer) is DynamicSlidingWindowLayer:
             return layer
-        raise CannotPage(f"layer {index} needs a {type(layer).__name__}, which cannot be paged")
+        kind = type(layer).__name__
+        why = "has no keys and values of its own" if kind == "DummyLayer" else "holds more than keys and values"
+        raise CannotPage(f"layer {index} needs a {kind}, which cannot be paged: it {why}")
 
     def allocate(
         self, model: PreTrainedModel, batch_size: int, n_kv_heads: int, head_dim: int, max_tokens: int
@@ -113,6 +120,7 @@ class PagedKVCache(Cache):
         """Note which phase this forward pass belongs to. Where the prompt's length was announced (`prompt_tokens`),
         decode begins after it; else one new token is taken for a decode step."""
         self._require_whole()
+        self._mask_read = (None, None)
         past = self.paged_layers[0].n_tokens
         decoding = n_new == 1 if self.prompt_tokens is None else past >= self.prompt_tokens
         if decoding and not self._has_decoded:
@@ -136,16 +144,25 @@ class PagedKVCache(Cache):
         """Make row i the old row `beam_idx[i]`."""
         self._require_whole()
         super().reorder_cache(beam_idx)
+        self.rows_selected(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
         self._require_whole()
+        n_rows = self._n_rows()
         super().batch_repeat_interleave(repeats)
+        self.rows_selected([row for row in range(n_rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`."""
         self._require_whole()
+        n_rows = self._n_rows()
         super().batch_select_indices(indices)
+        self.rows_selected(torch.arange(n_rows)[indices.cpu()].tolist())
+
+    def _n_rows(self) -> int:
+        pages = self.paged_layers[0].pages
+        return 0 if pages is None else pages.batch_size
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[PagedKVCache]:
@@ -178,6 +195,13 @@ class PagedKVCache(Cache):
 
     # --- what layers need, and where predictive paging hooks in -----------------------------------------------------
 
+    def masked_positions(self, allowed: torch.Tensor | None) -> list[list[int]] | None:
+        """Positions of each row that may not be seen, read from the mask `[B, 1, 1, positions]` once for all layers of
+        a forward pass; None where there are none."""
+        if allowed is not self._mask_read[0]:
+            self._mask_read = (allowed, masked_positions(allowed))
+        return self._mask_read[1]
+
     def transport(self, device: torch.device) -> Transport:
         """What copies to and from `device` travel on; one for all layers there."""
         if device not in self._transports:
@@ -190,39 +214,56 @@ class PagedKVCache(Cache):
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
         """A decode step's attention of one layer and sequence is done; reactive paging learns nothing from it."""
 
+    def rows_selected(self, rows: Sequence[int]) -> None:
+        """Row i of the batch is now what row `rows[i]` was; reactive paging keeps nothing by row outside its layers."""
+
     # --- figures ----------------------------------------------------------------------------------------------------
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page of one layer and sequence, keys and values."""
-        return self.paged_layers[0].store.page_bytes
+        return self.paged_layers[0].pages.store.page_bytes
 
     def memory(self) -> dict[str, int | None]:
-        """Bytes allocated for keys and values on the device (pools, and kept layers), for staging among them, and on
-        the host. On a CPU both are the same memory; the pool stands for the device."""
-        pools = [layer.store for layer in self.paged_layers if layer.is_initialized]
+        """Bytes of keys and values by place. On a CPU device and host are the same memory; the pool stands for the
+        device.
+
+        Returns:
+            `device_kv_bytes`, pools and kept layers, with `staging_bytes` (slots on top of the budget) among them;
+            `resident_bytes`, what the resident pages take of it now; `digest_bytes`, summaries of pages, on the device
+            as well but no keys and values; `host_kv_bytes` in host memory and `disk_kv_bytes` in files.
+        """
+        paged = [layer.pages for layer in self.paged_layers if layer.pages is not None]
         kept = [layer for layer in self.layers if not isinstance(layer, PagedLayer) and layer.is_initialized]
-        staging = sum(store.page_bytes for store in pools) * self.paging.staging_pages
+        sequences = [sequence for pages in paged for sequence in pages.sequences]
+        page_bytes = self.page_bytes if paged else 0
         return {
-            "device_kv_bytes": sum(store.pool.nbytes for store in pools)
+            "device_kv_bytes": sum(pages.store.pool.nbytes for pages in paged)
             + sum(layer.keys.nbytes + layer.values.nbytes for layer in kept),
-            "staging_bytes": staging * len(self.paged_layers[0].sequences),
-            "host_kv_bytes": sum(store.host_bytes for store in pools),
+            "staging_bytes": len(sequences) * self.paging.staging_pages * page_bytes,
+            "resident_bytes": sum(len(sequence.table.resident) for sequence in sequences) * page_bytes,
+            "digest_bytes": sum(pages.digests.nbytes for pages in paged if pages.digests is not None),
+            "host_kv_bytes": sum(pages.store.host.nbytes for pages in paged),
+            "disk_kv_bytes": sum(pages.store.host.disk_bytes for pages in paged),
         }
 
     def figures(self, timing: Timing) -> dict[str, Any]:
         """The result blocks `cache` and `steps` of a generation that took `timing`."""
         transfer_ms = sum(transport.busy_ms() for transport in self._transports.values())
         self._settle()
-        layer = self.paged_layers[0]
-        link = asdict(layer.store.transport.link)
+        pages = self.paged_layers[0].pages
+        link = asdict(pages.store.transport.link)
         figures = cache_figures(self.recorder, timing, self.page_bytes, link, transfer_ms)
         figures |= {
-            "n_pages": layer.n_pages,
+            "exact": self.paging.exact,
+            "n_pages": pages.n_pages,
+            "attended_pages": self.paging.n_attended(pages.n_pages),
             "page_bytes": self.page_bytes,
             "n_paged_layers": len(self.paged_layers),
-            "host_is_pinned": layer.store.host_is_pinned,
+            "host_is_pinned": pages.store.host.is_pinned,
         }
+        if self.recorder.keep_requests:
+            figures["requests"] = self.recorder.request_dicts()
         return {"cache": figures, "steps": self.recorder.step_dicts()}
 
 

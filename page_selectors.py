@@ -18,20 +18,14 @@ A selector of your own derives from `Selector`. This module is read to check con
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
 
 class Selector(Protocol):
-    """The verbs of a selector; one instance serves one layer.
-
-    Attributes:
-        reads_all: says that every page is attended to, and neither verb is called.
-    """
-
-    reads_all: ClassVar[bool] = False
+    """The verbs of a selector; one instance serves one layer."""
 
     def digest(self, keys: torch.Tensor) -> torch.Tensor:
         """What stays on the device of each page.
@@ -65,12 +59,7 @@ def _dot(query: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class All(Selector):
-    """Every page: exact attention. It needs no digests and scores nothing."""
-
-    reads_all: ClassVar[bool] = True
-
-    def select(self, query: torch.Tensor, n_pages: int) -> list[int]:
-        return list(range(n_pages))
+    """Every page: exact attention. It needs no digests and scores nothing, so neither verb is called."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ Eviction drops a slot and copies nothing: a page is written to the host once, wh
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Collection
 
@@ -36,7 +37,7 @@ class PageTable:
             raise ValueError(
                 f"a page table needs 1 resident and 1 staging page at least, not {max_resident}, {staging}"
             )
-        self.max_resident = max_resident
+        self.max_resident, self.staging, self.first_slot = max_resident, staging, first_slot
         self.policy = policy
         self.resident: dict[int, int] = {}
         self.staged: dict[int, int] = {}
@@ -101,13 +102,27 @@ class PageTable:
         """Give up a staged page and free its slot."""
         self.free_slots.append(self.staged.pop(page))
 
-    def clear(self) -> None:
-        """Forget every page; all slots are free again."""
-        for page in list(self.resident):
+    def truncate(self, n_pages: int) -> None:
+        """Forget the resident pages from number `n_pages` on; their slots are free again."""
+        for page in [page for page in self.resident if page >= n_pages]:
             self.policy.remove(page)
             self.free_slots.append(self.resident.pop(page))
+
+    def clear(self) -> None:
+        """Forget every page; all slots are free again."""
+        self.truncate(0)
         for page in list(self.staged):
             self.unstage(page)
+
+    def fork(self, first_slot: int) -> PageTable:
+        """The same resident pages in the slots from `first_slot` on, under a policy that knows what this one knows.
+        Staged pages are left out: their copies are on the way to this table's slots."""
+        other = PageTable(self.max_resident, self.staging, copy.deepcopy(self.policy), first_slot)
+        shift = first_slot - self.first_slot
+        other.resident = {page: slot + shift for page, slot in self.resident.items()}
+        taken = set(other.resident.values())
+        other.free_slots = deque(slot for slot in other.free_slots if slot not in taken)
+        return other
 
     def _require_absent(self, page: int) -> None:
         if self.slot(page) is not None:

@@ -1,4 +1,4 @@
-"""One layer's keys and values in pages: how they are written, and how attention reads them.
+"""One layer of a paged cache, as transformers sees it, and how its attention reads pages.
 
 How a decode step of a layer goes:
 
@@ -9,24 +9,26 @@ How a decode step of a layer goes:
     4. each wave is attended, and the parts are merged by log-sum-exp, which is exact (see paged_attention.py).
 
 A prompt goes the same way in chunks: a chunk attends to all earlier pages in waves, to itself causally, and is then
-written into pages. So prefill is exact as well, whatever the selector, and its pages may exceed the device.
+written into pages. So prefill is exact as well, whatever the selector, and its pages may exceed the device. The same
+holds for any forward pass of several tokens, such as the checking of an assistant's draft.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_attention import CannotPage
-from metrics import Recorder
-from page_store import PageStore, Transport
-from page_table import PageTable
+from layer_pages import LayerPages
+from padding import kept_of
+from page_selection import choose_pages
+from page_store import Transport, to_host_later
 from paged_attention import (
     Partial,
     attend_pages,
@@ -34,11 +36,14 @@ from paged_attention import (
     group_heads,
     merge,
     page_mass,
+    sink_part,
     ungroup_heads,
 )
-from paged_sequence import PagedSequence, Resolution
-from registry import POLICIES, SELECTORS
+from paged_sequence import PagedSequence
+from recorder import Recorder
+from registry import SELECTORS
 from run_specs import Paging
+from stage_clock import StageClock, clock_for
 
 MAX_PARTIAL_ELEMENTS = 2**23  # of one kernel call's output during prefill: 32 MiB in float32
 
@@ -60,9 +65,30 @@ class DecodeAttention:
         """The pages attended to, in the order of `mass`."""
         return [page for pages, _ in self.parts for page in pages]
 
-    def mass(self) -> torch.Tensor:
-        """Each page's share of the attention, averaged over heads: float32 [pages], summing to 1."""
-        return page_mass(torch.cat([lse for _, lse in self.parts]), self.total)
+    @cached_property
+    def mass(self) -> Callable[[], list[float]]:
+        """Gives each page's share of the attention, averaged over heads; together they are 1 at most. A function, as on
+        CUDA the shares are on their way to the host."""
+        return to_host_later(page_mass(torch.cat([lse for _, lse in self.parts]), self.total))
+
+
+@dataclass(frozen=True)
+class AttentionScores:
+    """How scores are made of queries and keys: `scale`, and `softcap` where a model bounds them. `sinks` [H] are
+    logits without a value that join the softmax's denominator."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PageReading:
+    """A request for the pages of one sequence: the waves they come in, and which key/value heads attend to which pages
+    (bool [pages, K]; None where all heads attend to all of them)."""
+
+    waves: Iterable[dict[int, int]]
+    heads: torch.Tensor | None = None
 
 
 class ServesLayers(Protocol):
@@ -74,6 +100,9 @@ class ServesLayers(Protocol):
 
     def transport(self, device: torch.device) -> Transport: ...
 
+    def masked_positions(self, allowed: torch.Tensor | None) -> list[list[int]] | None:
+        """Positions of each row that may not be seen; None where there are none."""
+
     def look_ahead(self, layer: PagedLayer, sequence: PagedSequence, wanted: Sequence[int]) -> None:
         """Every page that the layer asked for is there or on its way: the link has time to look ahead."""
 
@@ -82,7 +111,11 @@ class ServesLayers(Protocol):
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer's keys and values in pages."""
+    """One layer's keys and values in pages.
+
+    Attributes:
+        pages: the pages, allocated as the first keys come in, or by `allocate`.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -93,20 +126,21 @@ class PagedLayer(CacheLayerMixin):
         # A cache owns its layers. Were it owned by them too, a dropped cache would hold its pools until the next
         # garbage collection, and the next run would be measured with them.
         self.cache = weakref.proxy(cache)
-        self.selector = SELECTORS.create(paging.selector)
-        self.n_tokens = self.max_tokens = 0
-        self.sequences: list[PagedSequence] = []
+        selects = not paging.exact and layer_idx >= paging.dense_layers
+        self.selector = SELECTORS.create(paging.selector) if selects else None
+        self.pages: LayerPages | None = None
+        self.clock: StageClock
 
     @property
-    def n_pages(self) -> int:
-        """Pages of each sequence, the open one included."""
-        return -(-self.n_tokens // self.paging.page_size)
+    def n_tokens(self) -> int:
+        """Positions of the context, padding included."""
+        return 0 if self.pages is None else self.pages.n_tokens
 
     # --- what transformers asks of a cache layer -------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, n_kv_heads, _, head_dim = key_states.shape
-        self.allocate(batch, n_kv_heads, head_dim, key_states.dtype, key_states.device, self.max_tokens)
+        self.allocate(batch, n_kv_heads, head_dim, key_states.dtype, key_states.device)
 
     def allocate(
         self,
@@ -118,24 +152,21 @@ class PagedLayer(CacheLayerMixin):
         max_tokens: int = 0,
     ) -> None:
         """Allocate the device pool, and host pages for `max_tokens` positions of each sequence."""
-        paging = self.paging
-        self.batch_size, self.dtype, self.device, self.max_tokens = batch_size, dtype, device, max_tokens
-        self.store = PageStore(
-            batch_size * paging.slots,
-            (n_kv_heads, paging.page_size, head_dim),
+        self.pages = None  # let go of the old memory before new memory is taken
+        self.pages = LayerPages(
+            self.layer_idx,
+            self.paging,
+            self.cache.recorder,
+            self.cache.transport(device),
+            batch_size,
+            (n_kv_heads, head_dim),
             dtype,
             device,
-            self.cache.transport(device),
+            selector=self.selector,
+            max_tokens=max_tokens,
         )
-        self.store.reserve_host(batch_size * -(-max_tokens // paging.page_size))
-        self.sequences = [self._empty_sequence(row) for row in range(batch_size)]
+        self.clock = clock_for(device)
         self.is_initialized = True
-
-    def _empty_sequence(self, row: int) -> PagedSequence:
-        paging = self.paging
-        policy = POLICIES.create(paging.policy)
-        table = PageTable(paging.max_gpu_pages, paging.staging_pages, policy, first_slot=row * paging.slots)
-        return PagedSequence(table, self.store, self.cache.recorder, self.layer_idx, row, self.batch_size)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -143,8 +174,8 @@ class PagedLayer(CacheLayerMixin):
         """Append `[B, K, T, D]` and return all keys and values, `[B, K, positions, D]`; for attention without pages."""
         self._require_initialized(key_states, value_states)
         past = self.n_tokens
-        self.write(key_states, value_states)
-        return (key_states, value_states) if past == 0 else self.materialise()
+        self.pages.append(key_states, value_states)
+        return (key_states, value_states) if past == 0 else self.pages.materialise()
 
     def get_seq_length(self) -> int:
         return self.n_tokens
@@ -157,96 +188,49 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget the context and keep the memory."""
-        if self.is_initialized:
-            self.store.settle()
-        for sequence in self.sequences:
-            sequence.clear()
-        self.n_tokens = 0
+        if self.pages is not None:
+            self.pages.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` positions; the count is negative, as in transformers."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of positions to remove, not {tokens_to_remove}")
-        if tokens_to_remove < 0:
-            self._rewrite(lambda states: states[:, :, :tokens_to_remove])
+        if tokens_to_remove < 0 and self.n_tokens:
+            self.pages.truncate(max(0, self.n_tokens + tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._rewrite(lambda states: states.index_select(0, beam_idx.to(states.device)))
+        self._select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rewrite(lambda states: states.repeat_interleave(repeats, dim=0))
+        if self.n_tokens:
+            self._select_rows([row for row in range(self.pages.batch_size) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._rewrite(lambda states: states[indices, ...])
+        if self.n_tokens:
+            self._select_rows(torch.arange(self.pages.batch_size)[indices.cpu()].tolist())
 
-    def _rewrite(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace the context by a changed copy of it. Simple and exact; costs one pass over the whole context."""
-        if self.n_tokens == 0:
-            return
-        keys, values = (change(states) for states in self.materialise())
-        self.reset()
-        if keys.shape[0] != self.batch_size:
-            self.lazy_initialization(keys, values)
-        self.write(keys, values)
+    def _select_rows(self, rows: list[int]) -> None:
+        if self.n_tokens:
+            self.pages.select_rows(rows)
 
     def _require_initialized(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for what is about to be written, unless memory of just that kind is there."""
         if key_states.shape != value_states.shape:
             raise CannotPage(
                 f"layer {self.layer_idx}: keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} differ"
-                " in shape (multi-head latent attention?); such a layout cannot be paged"
+                " in shape; such a layout cannot be paged"
             )
         batch, n_kv_heads, _, head_dim = key_states.shape
-        if self.is_initialized:
-            _, _, pool_heads, _, pool_dim = self.store.pool.shape
-            kind = (self.batch_size, pool_heads, pool_dim, self.dtype, self.device)
-            if kind == (batch, n_kv_heads, head_dim, key_states.dtype, key_states.device):
-                return
-            if self.n_tokens:
-                raise ValueError(
-                    f"layer {self.layer_idx} holds {self.batch_size} sequences of {pool_heads} heads in {self.dtype}"
-                    f" on {self.device}; keys {tuple(key_states.shape)} in {key_states.dtype} on {key_states.device}"
-                    " do not continue them"
-                )
+        kind = (batch, n_kv_heads, head_dim, key_states.dtype, key_states.device)
+        if self.pages is not None and self.pages.kind == kind:
+            return
+        if self.n_tokens:
+            rows, heads, _, dtype, device = self.pages.kind
+            raise ValueError(
+                f"layer {self.layer_idx} holds {rows} sequences of {heads} heads in {dtype} on {device};"
+                f" keys {tuple(key_states.shape)} in {key_states.dtype} on {key_states.device} do not continue them"
+            )
         self.lazy_initialization(key_states, value_states)
-
-    # --- pages ------------------------------------------------------------------------------------------------------
-
-    def pinned_pages(self, n_pages: int) -> set[int]:
-        """Pages that stay resident: the first `sink_pages`, and the last `recent_pages` of a context of `n_pages`."""
-        recent = range(max(0, n_pages - self.paging.recent_pages), n_pages)
-        return {*range(min(self.paging.sink_pages, n_pages)), *recent}
-
-    def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Append `[B, K, T, D]` to the pages, sealing each page that fills."""
-        size, length = self.paging.page_size, keys.shape[2]
-        written = 0
-        while written < length:
-            page, offset = divmod(self.n_tokens, size)
-            count = min(size - offset, length - written)
-            pinned = self.pinned_pages(page + 1) if offset == 0 else set()
-            for row, sequence in enumerate(self.sequences):
-                target = self.store.pool[sequence.writable_slot(page, pinned)]
-                target[0, :, offset : offset + count] = keys[row, :, written : written + count].detach()
-                target[1, :, offset : offset + count] = values[row, :, written : written + count].detach()
-                if offset + count == size:
-                    sequence.seal(page)
-            written += count
-            self.n_tokens += count
-
-    def materialise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and all values, each `[B, K, positions, D]`, put together on the device."""
-        self.store.drain()
-        size, (_, _, heads, _, head_dim) = self.paging.page_size, self.store.pool.shape
-        full = torch.empty(
-            (2, self.batch_size, heads, self.n_pages * size, head_dim), dtype=self.dtype, device=self.device
-        )
-        for row, sequence in enumerate(self.sequences):
-            for page in range(self.n_pages):
-                slot = sequence.table.resident.get(page)
-                source = self.store.host_page(sequence.host_row(page)) if slot is None else self.store.pool[slot]
-                full[:, row, :, page * size : (page + 1) * size] = source.to(self.device)
-        return full[0, :, :, : self.n_tokens], full[1, :, :, : self.n_tokens]
 
     # --- attention --------------------------------------------------------------------------------------------------
 
@@ -257,131 +241,157 @@ class PagedLayer(CacheLayerMixin):
         value: torch.Tensor,
         allowed: torch.Tensor | None,
         scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Append the new keys and values, and attend from the new positions to the context.
 
         Args:
             query: [B, H, T, D].
             key, value: [B, K, T, D].
-            allowed: bool [B, 1, 1 or T, past + T]; None where there is no padding.
+            allowed: bool [B, 1, 1, past + T], False where a position is padding; None where none is.
+            scale: factor on the scores.
+            softcap: bound of the scores, cap * tanh(score / cap).
+            sinks: [H], a logit for each head that takes a share of the attention and gives no value.
 
         Returns:
-            [B, H, T, D] in the query's dtype.
+            [B, H, T, D] in the query's dtype; 0 for positions that are padding.
         """
         self._require_initialized(key, value)
         try:
-            return self._attend(query, key, value, allowed, scale)
+            masked = self.cache.masked_positions(allowed)
+            self.pages.agree_with(masked)
+            scores = AttentionScores(scale, softcap, sinks)
+            attend = self._attend_token if query.shape[2] == 1 else self._attend_chunk
+            rows = attend(query, key, value, masked, scores)
         except BaseException:
             self.cache.torn = True  # some pages may be staged and not attended, some positions written and others not
             raise
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(query.dtype)
 
-    def _attend(self, query, key, value, allowed, scale) -> torch.Tensor:
-        rows = range(self.batch_size)
-        if query.shape[2] == 1:
-            self.write(key, value)
-            requests = self._request_pages(query if self.cache.phase == "decode" else None)
-            parts = [self._attend_pages(row, requests[row], query, allowed, scale) for row in rows]
-        else:
-            requests = self._request_pages(None)
-            parts = [self._attend_chunk(row, requests[row], query, key, value, allowed, scale) for row in rows]
-            self.write(key, value)
-        return torch.cat([ungroup_heads(part.out, query.shape[1]) for part in parts]).to(query.dtype)
+    def _attend_token(self, query, key, value, masked, scores) -> list[torch.Tensor]:
+        """One new token of each row: written first, and then attended to like the others."""
+        self.pages.append(key, value, masked)
+        readings = [self._ask(sequence, query[row], scores) for row, sequence in enumerate(self.pages.sequences)]
+        return [self._attend_row(row, query[row : row + 1], reading, scores) for row, reading in enumerate(readings)]
 
-    def _request_pages(self, query: torch.Tensor | None) -> list[Resolution]:
-        """Ask for the pages of every sequence before any is attended, so that all their copies are under way.
+    def _attend_chunk(self, query, key, value, masked, scores) -> list[torch.Tensor]:
+        """Several new tokens of each row: attended to causally among themselves, and written afterwards."""
+        past, length = self.n_tokens, query.shape[2]
+        readings = [self._ask(sequence) for sequence in self.pages.sequences]
+        rows = []
+        for row, reading in enumerate(readings):
+            one = slice(row, row + 1)
+            if masked is None:
+                rows.append(self._attend_row(row, query[one], reading, scores, key[one], value[one]))
+                continue
+            kept = kept_of(masked[row], past, length)
+            own = (states[one, :, kept] for states in (key, value))
+            out = torch.zeros_like(query[one])
+            out[:, :, kept] = self._attend_row(row, query[one, :, kept], reading, scores, *own).to(out.dtype)
+            rows.append(out)
+        self.pages.append(key, value, masked)
+        return rows
+
+    def _ask(
+        self, sequence: PagedSequence, query: torch.Tensor | None = None, scores: AttentionScores | None = None
+    ) -> PageReading:
+        """Ask for pages. All sequences ask before any is attended, so that all their copies are under way.
 
         Args:
-            query: [B, H, 1, D] of a decode step, for the selector to choose by; None in prefill, which reads all pages.
+            query: [H, 1, D] of a decode step, for the selector to choose by; None for a chunk, which reads all pages.
         """
-        everything, pinned = list(range(self.n_pages)), self.pinned_pages(self.n_pages)
-        return [
-            sequence.resolve(
-                everything if query is None else self.selector.select(query[sequence.row], self.n_pages),
-                pinned,
-                partial(self.cache.look_ahead, self, sequence),
-            )
-            for sequence in self.sequences
-        ]
+        pages, heads = list(range(sequence.n_pages)), None
+        if not pages:
+            return PageReading(())
+        pinned = sequence.pinned_pages()
+        n_attended = self.paging.n_attended(len(pages))
+        if self.selector and query is not None and self.cache.phase == "decode" and n_attended < len(pages):
+            started = self.clock.now()
+            grouped = group_heads(query[None], self.pages.kind[1])[0] * scores.scale  # [K, G, D]
+            estimates = self.selector.score(grouped, self.pages.digests.of(sequence.lane, sequence.n_sealed))
+            per_head = self.paging.granularity == "kv_head"
+            choice = choose_pages(estimates, len(pages), pinned, n_attended, per_head)
+            pages, heads = choice.pages, choice.heads
+            self.cache.recorder.spent(self.layer_idx, "select", self.clock.since(started))
+        return PageReading(sequence.resolve(pages, pinned, partial(self.cache.look_ahead, self, sequence)), heads)
 
-    def _attend_chunk(self, index, request, query, key, value, allowed, scale) -> Partial:
-        """A prompt chunk of one sequence: all earlier pages, then itself, causally."""
-        past, length = self.n_tokens, query.shape[2]
-        own_allowed = None
-        if allowed is not None:
-            own_allowed = allowed[index : index + 1, :, :, past:]
-            if allowed.shape[2] == 1:  # padding alone
-                own_allowed = own_allowed & torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        one = slice(index, index + 1)
-        own = attention_with_lse(
-            query[one], key[one], value[one], scale=scale, causal=own_allowed is None, allowed=own_allowed
-        )
-        n_kv_heads = key.shape[1]
-        own = Partial(group_heads(own.out, n_kv_heads), own.lse.reshape(1, n_kv_heads, -1))
-        if past == 0:
-            return own
-        return merge([self._attend_pages(index, request, query, allowed, scale), own])
-
-    def _attend_pages(self, index, request, query, allowed, scale) -> Partial:
-        """Attend from one sequence's query to the pages it asked for, wave by wave."""
-        one_token = query.shape[2] == 1  # then the parts are small enough to be merged all at once
-        grouped = group_heads(query[index : index + 1], self.store.pool.shape[2])
-        row_allowed = None if allowed is None else allowed[index, 0]
+    def _attend_row(self, row, query, reading, scores, key=None, value=None) -> torch.Tensor:
+        """Attend from one row's new tokens to the pages it asked for, wave by wave, and to `key` and `value` of the
+        same tokens, causally. [1, H, T, D] -> [1, H, T, D], float32."""
+        n_heads, length = query.shape[1:3]
+        sequence, n_kv_heads = self.pages.sequences[row], self.pages.kind[1]
+        if length == 0:
+            for _ in reading.waves:  # asked for, so they have to be taken
+                pass
+            return query.float()
         merged: list[Partial] = []
         seen: list[tuple[list[int], torch.Tensor]] = []
-        for wave in request:
-            for part_pages, part in self._attend_wave(wave, grouped, row_allowed, scale):
-                seen.append((part_pages, part.lse))
-                merged = [*merged, part] if one_token else [merge([*merged, part])]
+        grouped = group_heads(query, n_kv_heads)
+        if key is not None:
+            started = self.clock.now()
+            own = attention_with_lse(query, key, value, scale=scores.scale, causal=True, softcap=scores.softcap)
+            merged.append(Partial(group_heads(own.out, n_kv_heads), own.lse.reshape(1, n_kv_heads, -1)))
+            self._spent_attending(started)
+        for wave in reading.waves:
+            started = self.clock.now()
+            for pages, part in self._attend_wave(sequence, wave, grouped, scores):
+                if reading.heads is not None:
+                    unseen = ~reading.heads[self._index(pages)].unsqueeze(-1)
+                    part = Partial(part.out, part.lse.masked_fill(unseen, float("-inf")))
+                seen.append((pages, part.lse))
+                # The parts of one token are small enough to be merged all at once.
+                merged = [*merged, part] if length == 1 else [merge([*merged, part])]
+            self._spent_attending(started)
+        if not merged:  # nothing but padding so far
+            return torch.zeros_like(query, dtype=torch.float32)
+        started = self.clock.now()
+        if scores.sinks is not None:
+            merged.append(sink_part(scores.sinks, like=merged[0]))
         total = merge(merged)
-        if self.cache.phase == "decode" and one_token:
-            self.cache.attended(self, self.sequences[index], DecodeAttention(seen, total.lse))
-        return total
+        self._spent_attending(started)
+        if self.cache.phase == "decode" and key is None:
+            attention = DecodeAttention(seen, total.lse)
+            if getattr(sequence.table.policy, "needs_mass", False):
+                sequence.attended(attention.pages, attention.mass)
+            self.cache.attended(self, sequence, attention)
+        return ungroup_heads(total.out, n_heads)
 
-    def _attend_wave(self, wave, grouped, row_allowed, scale) -> Iterator[tuple[list[int], Partial]]:
+    def _spent_attending(self, started: Any) -> None:
+        self.cache.recorder.spent(self.layer_idx, "attend", self.clock.since(started))
+
+    def _attend_wave(self, sequence, wave, grouped, scores) -> Iterator[tuple[list[int], Partial]]:
         """Attend to pages that are on the device: the full ones together, the open one by itself."""
-        size, fill = self.paging.page_size, self.n_tokens % self.paging.page_size
-        open_page = self.n_pages - 1 if fill else None
+        fill = sequence.n_tokens % self.paging.page_size
+        open_page = sequence.n_pages - 1 if fill else None
         full = sorted((slot, page) for page, slot in wave.items() if page != open_page)
         per_call = max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
         for start in range(0, len(full), per_call):
             slots, pages = zip(*full[start : start + per_call], strict=True)
-            allowed = None if row_allowed is None else self._page_mask(row_allowed, pages, grouped.shape[2])
-            yield list(pages), self._attend_slots(slots, grouped, allowed, scale)
+            yield list(pages), self._attend_slots(slots, grouped, scores)
         if open_page in wave:
-            block = self.store.pool[wave[open_page] : wave[open_page] + 1, :, :, :fill]
-            allowed = None
-            if row_allowed is not None:
-                tail = row_allowed[:, open_page * size : open_page * size + fill]
-                allowed = _repeat_rows(tail, grouped.shape[2])[None, None]
-            yield [open_page], attend_pages(grouped, block[:, 0], block[:, 1], scale=scale, allowed=allowed)
+            slot = wave[open_page]
+            yield [open_page], self._attend_block(self.pages.store.pool[slot : slot + 1, :, :, :fill], grouped, scores)
 
-    def _attend_slots(self, slots, grouped, allowed, scale) -> Partial:
+    def _attend_slots(self, slots, grouped, scores) -> Partial:
         """Attend to full pages. A stretch of the pool with few other pages in it is read in place rather than gathered:
         work on the pages between is thrown away, which costs less than copying those that are wanted."""
-        first, n_spanned = slots[0], slots[-1] - slots[0] + 1
-        if allowed is not None or n_spanned > 2 * len(slots):
-            block = self.store.pool[self._index(slots)]
-            return attend_pages(grouped, block[:, 0], block[:, 1], scale=scale, allowed=allowed)
-        block = self.store.pool[first : first + n_spanned]
-        part = attend_pages(grouped, block[:, 0], block[:, 1], scale=scale)
+        pool, first, n_spanned = self.pages.store.pool, slots[0], slots[-1] - slots[0] + 1
+        if n_spanned > 2 * len(slots):
+            return self._attend_block(pool[self._index(slots)], grouped, scores)
+        part = self._attend_block(pool[first : first + n_spanned], grouped, scores)
         if n_spanned == len(slots):
             return part
         wanted = self._index([slot - first for slot in slots])
         return Partial(part.out[wanted], part.lse[wanted])
 
+    def _attend_block(self, block: torch.Tensor, grouped: torch.Tensor, scores: AttentionScores) -> Partial:
+        """Attend to pages `[n, 2, K, P, D]`."""
+        return attend_pages(grouped, block[:, 0], block[:, 1], scale=scores.scale, softcap=scores.softcap)
+
     def _index(self, places: Sequence[int]) -> torch.Tensor:
         """Places as an index on the device. From pinned memory, as a pageable copy would make the host wait."""
-        if self.device.type != "cuda":
-            return torch.tensor(places, device=self.device)
-        return torch.tensor(places, pin_memory=True).to(self.device, non_blocking=True)
-
-    def _page_mask(self, row_allowed: torch.Tensor, pages: Sequence[int], n_rows: int) -> torch.Tensor:
-        """The mask of full pages: [1 or T, positions] -> [n, 1, 1 or G*T, P]."""
-        size = self.paging.page_size
-        masks = [_repeat_rows(row_allowed[:, page * size : (page + 1) * size], n_rows) for page in pages]
-        return torch.stack(masks).unsqueeze(1)
-
-
-def _repeat_rows(mask: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """[T, P] -> [G*T, P], one copy for each query head of a group; [1, P] serves all rows as it is."""
-    return mask if mask.shape[0] == 1 else mask.repeat(n_rows // mask.shape[0], 1)
+        device = self.pages.kind[-1]
+        if device.type != "cuda":
+            return torch.tensor(places, device=device)
+        return torch.tensor(places, pin_memory=True).to(device, non_blocking=True)

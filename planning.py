@@ -109,7 +109,12 @@ def _paged_sizes(spec: RunSpec, shape: ModelShape, per_token: int, device: str) 
     paging = spec.paging
     n_pages = -(-(spec.context_length + spec.max_new_tokens - 1) // paging.page_size)
     page_of_all_layers = per_token * paging.page_size * spec.batch_size
-    must_move = max(0, n_pages - paging.max_gpu_pages) * page_of_all_layers
+    dense = 1.0 if paging.exact else min(1.0, paging.dense_layers / shape.n_layers)
+    attended = (
+        (dense, n_pages),
+        (1.0 - dense, paging.n_attended(n_pages)),
+    )  # share of the layers, pages they attend to
+    must_move = sum(share * max(0, pages - paging.max_gpu_pages) for share, pages in attended) * page_of_all_layers
     bandwidth_gb_s = choose_link(paging.link, device).bandwidth_gb_s
     floor_ms = 0.0 if must_move == 0 else None
     if bandwidth_gb_s and floor_ms is None:

@@ -12,6 +12,7 @@ gives its slot back, and its bytes are counted as wasted.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +24,6 @@ from kv_paging import MeasuredPagedCache, PagedKVCache
 from metrics import RunResult, Timing, prefetch_figures
 from models import LoadedModel
 from page_predictors import Predictor
-from page_store import to_host_later
 from paged_layer import DecodeAttention, PagedLayer
 from paged_sequence import PagedSequence
 from registry import PREDICTORS
@@ -74,25 +74,29 @@ class PrefetchingKVCache(PagedKVCache):
         following = self._next_layer[layer.layer_idx]
         wraps = following is self.paged_layers[0]
         guesses = predictor.predict(following.layer_idx, self._step + wraps)
-        n_sealed = following.n_tokens // self.paging.page_size
-        following.sequences[sequence.row].prefetch([page for page, _ in guesses], self.prefetch_k, n_sealed)
+        following.pages.sequences[sequence.lane].prefetch([page for page, _ in guesses], self.prefetch_k)
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
         """Tell the predictor what attention looked at, and count the step after the last layer's last sequence."""
         predictor = self._predictor(sequence)
         if getattr(predictor, "needs_mass", True):
-            predictor.observe(layer.layer_idx, self._step, attention.pages, to_host_later(attention.mass()))
-        if layer is self.paged_layers[-1] and sequence.row == layer.batch_size - 1:
+            predictor.observe(layer.layer_idx, self._step, attention.pages, attention.mass)
+        if layer is self.paged_layers[-1] and sequence.lane == layer.pages.batch_size - 1:
             self._step += 1
+
+    def rows_selected(self, rows: Sequence[int]) -> None:
+        """Let each row's predictor follow it."""
+        old = self._predictors
+        self._predictors = {lane: copy.deepcopy(old[row]) for lane, row in enumerate(rows) if row in old}
 
     def figures(self, timing: Timing) -> dict[str, Any]:
         """The result blocks `cache`, `prefetch` and `steps`."""
         return {**super().figures(timing), "prefetch": prefetch_figures(self.recorder, self.page_bytes)}
 
     def _predictor(self, sequence: PagedSequence) -> Predictor:
-        if sequence.row not in self._predictors:
-            self._predictors[sequence.row] = PREDICTORS.create(self.predictor)
-        return self._predictors[sequence.row]
+        if sequence.lane not in self._predictors:
+            self._predictors[sequence.lane] = PREDICTORS.create(self.predictor)
+        return self._predictors[sequence.lane]
 
 
 def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:

@@ -81,7 +81,9 @@ def outcome(result: RunResult) -> str:
     if result.cache and result.cache["hit_rate"] is not None:
         figures.append(f"hit rate {100 * result.cache['hit_rate']:.0f} %")
     if result.quality["matches_baseline"] is False:
-        figures.append("tokens DIFFER from the baseline's")
+        first = result.quality["first_divergent_token"]
+        exact = result.quality["exact"]
+        figures.append("tokens DIFFER from the baseline's" if exact else f"tokens differ from number {first} on")
     return f"{what}: {', '.join(figures) or 'ok'}"
 
 

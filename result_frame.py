@@ -113,6 +113,8 @@ _COUNTS = {
     "max_new_tokens": "spec.max_new_tokens",
     "requested_tokens": "context.requested_tokens",
     "page_size": "spec.paging.page_size",
+    "n_pages": "cache.n_pages",
+    "attended_pages": "cache.attended_pages",
     "max_gpu_pages": "spec.paging.max_gpu_pages",
     "prefetch_k": "spec.prefetch.prefetch_k",
     "prefetch_issued": "prefetch.issued",
@@ -132,6 +134,11 @@ _NUMBERS = {
     "hit_rate": "cache.hit_rate",
     "late_rate": "cache.late_rate",
     "miss_rate": "cache.miss_rate",
+    "shadow_lru_hit_rate": "cache.shadow_lru_hit_rate",
+    "gain_over_lru": "cache.gain_over_lru",
+    "select_ms": "cache.stages.select_ms",
+    "copy_ms": "cache.stages.copy_ms",
+    "attend_ms": "cache.stages.attend_ms",
     "tpot_over_floor": "cache.floor.tpot_over_floor",
     "accuracy": "prefetch.accuracy",
     "coverage": "prefetch.coverage",
@@ -148,11 +155,14 @@ _NUMBERS = {
 _BYTES = {
     "device_kv_mb": "memory.device_kv_bytes",
     "staging_mb": "memory.staging_bytes",
+    "digest_mb": "memory.digest_bytes",
     "host_kv_mb": "memory.host_kv_bytes",
+    "disk_kv_mb": "memory.disk_kv_bytes",
     "kv_total_mb": "memory.kv_bytes_total",
 }
 _FLAGS = {
     "clamped": "context.clamped",
+    "exact": "quality.exact",
     "matches_baseline": "quality.matches_baseline",
     "random_weights": "model.random_weights",
 }

@@ -43,6 +43,7 @@ class Paging:
         host_pages: pages kept in host memory; later ones go to a file on disk. None for all in memory.
         disk_dir: folder of that file; None for the system's temporary folder.
         link: a name, or a mapping with `bandwidth_gb_s` and `latency_us`; see links.py.
+        record_pages: keep which pages each layer asked for at each step, beside the counts.
 
     Mappings stay plain dicts, fit for `Registry.create` and JSON; nobody changes one.
 
@@ -65,6 +66,7 @@ class Paging:
     host_pages: int | None = None
     disk_dir: str | None = None
     link: str | Mapping[str, Any] = "auto"
+    record_pages: bool = False
 
     def __post_init__(self):
         for name in ("page_size", "max_gpu_pages", "staging_pages", "recent_pages"):
@@ -260,6 +262,12 @@ class RunSpec:
             self.stop_at_eos,
             self.prompt_sha256,
         )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the run claims the tokens of plain generation: neither its cache nor its attention leaves anything
+        out."""
+        return self.cache_implementation != "quantized" and (self.paging is None or self.paging.exact)
 
     @property
     def is_reference(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from page_selectors import All, Selector
+from page_selectors import Selector
 from registry import SELECTORS
 
 NAMES = [name for name in SELECTORS if name != "all"]
@@ -157,11 +157,6 @@ def test_window_prefers_later_pages_whatever_the_query_and_the_keys_are():
         assert scores.argsort(0, descending=True)[:, 1, 2].tolist() == list(reversed(range(300)))
 
 
-def test_only_all_says_that_it_reads_every_page():
-    assert [name for name in SELECTORS if SELECTORS.create(name).reads_all] == ["all"]
-    assert isinstance(SELECTORS.create("all"), All)
-
-
 OWN_SELECTOR = """
 from dataclasses import dataclass
 
@@ -189,7 +184,6 @@ def test_a_selector_of_the_users_own_is_found_by_its_import_path(tmp_path, monke
         sys.modules.pop("own_selector", None)
     keys, query = pages_and_query(4, (2, 3))
     scores = selector.score(query, selector.digest(keys))
-    assert not selector.reads_all
     torch.testing.assert_close(scores, 0.5 * torch.einsum("kgd,nkd->nkg", query, keys[:, :, -1]))
 
 

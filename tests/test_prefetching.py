@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 from page_policies import LRU
 from page_predictors import LastStep, LayerAhead, QuietPredictor
-from page_store import PageStore
 from page_table import PageTable
+from paged_sequence import PagedSequence
 from predictive_prefetch import PrefetchingKVCache
 from registry import PREDICTORS
 
@@ -70,7 +70,7 @@ def test_every_access_and_every_prefetch_is_accounted_for(llama, predictor):
     _, cache = prefetched_tokens(llama, make_prompt(100), predictor=predictor)
     decode = cache.recorder.snapshot("decode")
     used = decode["prefetch_on_time"] + decode["prefetch_late"]
-    still_staged = sum(len(sequence.table.staged) for layer in cache.paged_layers for sequence in layer.sequences)
+    still_staged = sum(len(sequence.table.staged) for layer in cache.paged_layers for sequence in layer.pages.sequences)
     assert decode["prefetch_issued"] == used + decode["prefetch_wasted"] + still_staged
     assert decode["h2d_pages"] == decode["misses"] + decode["prefetch_issued"]
     # What moves on demand or ahead, and was used, is just what did not fit.
@@ -102,18 +102,14 @@ def test_nothing_is_copied_that_is_on_the_device_or_on_its_way(llama, predictor,
         original = getattr(cls, verb)
         monkeypatch.setattr(cls, verb, lambda self, *given: note(self, *given) or original(self, *given))
 
-    def note_fetch(store, pages):
+    def note_fetch(sequence, pages, slots):
         nonlocal n_copied
-        (layer,) = (layer for layer in cache.paged_layers if layer.store is store)
-        for _, host_row in pages:
-            page, row = divmod(host_row, len(layer.sequences))
-            pages_there = there[id(layer.sequences[row].table.policy)]
-            if page in pages_there:
-                copied_again.append((layer.layer_idx, row, page))
-            pages_there.add(page)
-            n_copied += 1
+        pages_there = there[id(sequence.table.policy)]
+        copied_again.extend((sequence.layer_idx, sequence.lane, page) for page in pages if page in pages_there)
+        pages_there.update(pages)
+        n_copied += len(pages)
 
-    before(PageStore, "fetch", note_fetch)
+    before(PagedSequence, "fetch", note_fetch)
     before(LRU, "insert", lambda policy, page: there[id(policy)].add(page))
     before(LRU, "remove", lambda policy, page: there[id(policy)].remove(page))
     before(PageTable, "unstage", lambda table, page: there[id(table.policy)].remove(page))
