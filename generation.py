@@ -212,6 +212,7 @@ def generate(
             stopping_criteria=[clock],
             max_new_tokens=new_tokens,
             prefill_chunk_size=spec.prefill_chunk_size,
+            use_cache=True,  # some models' configs say no, and would then not read the cache they are given
             disable_compile=True,  # transformers would compile for a static cache alone, and within the run
             **settings,
         )

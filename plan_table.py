@@ -63,7 +63,7 @@ def _caption(planned: Sequence[PlannedRun]) -> str:
     over = f"over the simulated link ({'; '.join(links)})" if links else "over the link"
     sentences = [f"Transfer floor: least time for the bytes that must cross, {over}; computing is not in it."]
     if 0.0 in floors:
-        sentences.append("0.00: nothing has to cross, all KV is on the device.")
+        sentences.append("0.00: what a step reads fits on the device.")
     if None in floors:
         sentences.append("—: not known before the run.")
     return " ".join(sentences)

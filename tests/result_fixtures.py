@@ -82,7 +82,11 @@ def make_result(mode="baseline", context=500, repetition=0, tpot_ms=100.0, ttft_
         "power": {"mean_power_w": None, "energy_j": None},
         "cache": None if mode == "baseline" else make_cache(n_tokens - 1),
         "prefetch": make_prefetch() if mode == "predictive" else None,
-        "quality": {"matches_baseline": None if mode == "baseline" else True, "first_divergent_token": None},
+        "quality": {
+            "exact": True,
+            "matches_baseline": None if mode == "baseline" else True,
+            "first_divergent_token": None,
+        },
         "steps": None if mode == "baseline" else [make_step(step) for step in range(n_tokens)],
     }
 

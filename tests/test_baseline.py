@@ -157,10 +157,12 @@ def test_a_run_is_compared_with_the_reference_it_is_given(tiny_llama):
     tokens = measured_tokens(spec_of(), tiny_llama)
     other = [[*tokens[0][:7], 0, *tokens[0][8:]]]
     assert run(spec_of(), tiny_llama, reference=tokens).quality == {
+        "exact": True,
         "matches_baseline": True,
         "first_divergent_token": None,
     }
     assert run(spec_of(), tiny_llama, reference=other).quality == {
+        "exact": True,
         "matches_baseline": False,
         "first_divergent_token": 7,
     }

@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from tiny_models import CONFIGS, Prompt, continue_prompt, make_model, make_prompt
 from transformers import DynamicCache
 
@@ -176,3 +177,42 @@ def test_beams_that_come_from_one_share_its_full_pages_on_the_host():
     assert 22 <= pages.store.host.n_taken <= 20 + 3 * 2
     cache.reset()
     assert pages.store.host.n_taken == 0
+
+
+def test_each_layers_pool_is_on_its_layers_device():
+    """`meta` stands for a second device: memory there has a place and no content."""
+    model = make_model(CONFIGS["llama_gqa"])
+    model.model.layers[1].to("meta")
+    cache = PagedKVCache(model.config, **SMALL)
+    cache.allocate(model, batch_size=1, n_kv_heads=2, head_dim=16, max_tokens=50)
+    assert [layer.pages.store.pool.device.type for layer in cache.paged_layers] == ["cpu", "meta"]
+
+
+def test_layers_whose_weights_are_offloaded_are_paged_where_they_are_computed(tmp_path):
+    prompt, options = make_prompt(60), {"page_size": 8, "max_gpu_pages": 4, "staging_pages": 3, "link": "memory"}
+    expected = continue_prompt(make_model(CONFIGS["llama_gqa"]), prompt)
+    model = make_model(CONFIGS["llama_gqa"])
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    cache = PagedKVCache(model.config, **options)
+    cache.allocate(model, batch_size=1, n_kv_heads=2, head_dim=16, max_tokens=90)
+    with cache.attached(model):
+        assert torch.equal(continue_prompt(model, prompt, past_key_values=cache), expected)
+    assert {layer.pages.store.pool.device.type for layer in cache.paged_layers} == {"cpu"}
+
+
+@pytest.mark.cuda
+def test_on_two_gpus_each_layer_is_paged_on_its_own():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    prompt = make_prompt(90)
+    model = make_model(CONFIGS["llama_gqa"])
+    expected = continue_prompt(model, prompt)
+    places = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+    model = dispatch_model(model, places | {"model.layers.0": 0, "model.layers.1": 1})
+    cache = PagedKVCache(model.config, **SMALL)
+    with cache.attached(model):
+        tokens = continue_prompt(model, Prompt(prompt.ids.to(0), prompt.mask.to(0)), past_key_values=cache)
+    assert [layer.pages.store.pool.device.index for layer in cache.paged_layers] == [0, 1]
+    assert torch.equal(tokens.cpu(), expected)

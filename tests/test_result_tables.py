@@ -162,7 +162,7 @@ def test_a_plan_of_one_baseline_has_one_run_and_says_why_its_floor_is_0():
     text = plan_text(planned_run(0.0, "baseline"))
     assert "1 run " in text
     assert "1 runs" not in text
-    assert "0.00: nothing has to cross, all KV is on the device." in text
+    assert "0.00: what a step reads fits on the device." in text
     assert "simulated" not in text
 
 

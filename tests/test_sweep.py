@@ -228,7 +228,8 @@ def test_a_clamp_found_only_after_loading_is_made_and_recorded(swept, monkeypatc
 
 def result_of(mode="baseline", **blocks):
     spec = planned((mode, {"name": "[my] run"}))[0].spec
-    measured = {"timing": {"tpot_ms": 12.34}, "quality": {"matches_baseline": None}}
+    quality = {"exact": True, "matches_baseline": None, "first_divergent_token": None}
+    measured = {"timing": {"tpot_ms": 12.34}, "quality": quality}
     return RunResult(spec=spec.to_dict(), run_id=spec.run_id, **measured | blocks)
 
 
@@ -239,8 +240,12 @@ def result_of(mode="baseline", **blocks):
         ({"cache": {"hit_rate": 0.756}}, "[my] run, 48 tokens, run 1: 12.3 ms/token, hit rate 76 %"),
         ({"timing": {"tpot_ms": None}}, "[my] run, 48 tokens, run 1: ok"),
         (
-            {"quality": {"matches_baseline": False}},
+            {"quality": {"exact": True, "matches_baseline": False, "first_divergent_token": 3}},
             "[my] run, 48 tokens, run 1: 12.3 ms/token, tokens DIFFER from the baseline's",
+        ),
+        (
+            {"quality": {"exact": False, "matches_baseline": False, "first_divergent_token": 3}},
+            "[my] run, 48 tokens, run 1: 12.3 ms/token, tokens differ from number 3 on",
         ),
         ({"status": "error", "error": "first\nsecond"}, "[my] run, 48 tokens, run 1: error: first"),
     ],
