@@ -106,15 +106,15 @@ class PagedKVCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values `[B, K, T, D]` of a layer; returns those that attention needs to be given."""
         layer = self.layers[layer_idx]
-        if layer is self.paged_layers[0]:
+        if layer_idx == 0:
             self._begin_step(key_states.shape[2])
-        if not self._attached:
+        if self._attached:
+            pages_attend = isinstance(layer, PagedLayer)
+            hf_attention.hand_over(layer_idx, layer if pages_attend else None)
+            if pages_attend:
+                return key_states, value_states
+        with self._torn_by_an_error():
             return layer.update(key_states, value_states, *args, **kwargs)
-        if isinstance(layer, PagedLayer):
-            hf_attention.hand_over(layer_idx, layer)
-            return key_states, value_states
-        hf_attention.hand_over(layer_idx, None)
-        return layer.update(key_states, value_states, *args, **kwargs)
 
     def _begin_step(self, n_new: int) -> None:
         """Note which phase this forward pass belongs to. Where the prompt's length was announced (`prompt_tokens`),
@@ -131,34 +131,47 @@ class PagedKVCache(Cache):
         self.recorder.begin_step(self.phase)
 
     def _require_whole(self) -> None:
-        """Refuse a context of which a forward pass that failed midway has written only some layers."""
-        if self.torn or len({layer.n_tokens for layer in self.paged_layers}) > 1:
+        """Refuse a context that only some layers have written, or whose pages something has failed to change."""
+        if self.torn or len({layer.get_seq_length() for layer in self.layers}) > 1:
             raise RuntimeError("a forward pass with this cache failed midway and left it torn; call reset() first")
+
+    @contextmanager
+    def _torn_by_an_error(self) -> Iterator[None]:
+        """What fails inside may have changed some layers, rows or pages and left others as they were."""
+        try:
+            yield
+        except BaseException:
+            self.torn = True
+            raise
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` positions of every layer."""
         self._require_whole()
-        super().crop(tokens_to_remove)
+        with self._torn_by_an_error():
+            super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row i the old row `beam_idx[i]`."""
         self._require_whole()
-        super().reorder_cache(beam_idx)
-        self.rows_selected(beam_idx.tolist())
+        with self._torn_by_an_error():
+            super().reorder_cache(beam_idx)
+            self.rows_selected(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
         self._require_whole()
         n_rows = self._n_rows()
-        super().batch_repeat_interleave(repeats)
-        self.rows_selected([row for row in range(n_rows) for _ in range(repeats)])
+        with self._torn_by_an_error():
+            super().batch_repeat_interleave(repeats)
+            self.rows_selected([row for row in range(n_rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`."""
         self._require_whole()
         n_rows = self._n_rows()
-        super().batch_select_indices(indices)
-        self.rows_selected(torch.arange(n_rows)[indices.cpu()].tolist())
+        with self._torn_by_an_error():
+            super().batch_select_indices(indices)
+            self.rows_selected(torch.arange(n_rows)[indices.cpu()].tolist())
 
     def _n_rows(self) -> int:
         pages = self.paged_layers[0].pages
@@ -187,8 +200,9 @@ class PagedKVCache(Cache):
         self.recorder.settle()
 
     def reset(self) -> None:
-        """Forget the context and the record of it; keep the memory."""
-        super().reset()
+        """Forget the context and the record of it; keep the memory, unless an error has torn the cache."""
+        with self._torn_by_an_error():
+            super().reset()
         self.recorder.reset()
         self.phase, self.prompt_tokens = "prefill", None
         self.torn = self._has_decoded = False
@@ -260,7 +274,7 @@ class PagedKVCache(Cache):
             "attended_pages": self.paging.n_attended(pages.n_pages),
             "page_bytes": self.page_bytes,
             "n_paged_layers": len(self.paged_layers),
-            "host_is_pinned": pages.store.host.is_pinned,
+            "host_is_pinned": all(layer.pages.store.host.is_pinned for layer in self.paged_layers),
         }
         if self.recorder.keep_requests:
             figures["requests"] = self.recorder.request_dicts()

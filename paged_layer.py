@@ -153,6 +153,7 @@ class PagedLayer(CacheLayerMixin):
     ) -> None:
         """Allocate the device pool, and host pages for `max_tokens` positions of each sequence."""
         self.pages = None  # let go of the old memory before new memory is taken
+        self.clock = clock_for(device)  # before the pages, whose being there says that all is allocated
         self.pages = LayerPages(
             self.layer_idx,
             self.paging,
@@ -165,7 +166,6 @@ class PagedLayer(CacheLayerMixin):
             selector=self.selector,
             max_tokens=max_tokens,
         )
-        self.clock = clock_for(device)
         self.is_initialized = True
 
     def update(
@@ -187,8 +187,10 @@ class PagedLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Forget the context and keep the memory."""
-        if self.pages is not None:
+        """Forget the context and keep the memory; but not that of a torn cache, whose bookkeeping may not add up."""
+        if self.cache.torn:
+            self.pages, self.is_initialized = None, False
+        elif self.pages is not None:
             self.pages.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
