@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from page_selection import PageDigests
 
 from padding import kept_of
+from page_selection import PageDigests
 from page_selectors import Selector
 from page_store import PageStore, Transport
 from paged_sequence import PagedSequence
@@ -113,7 +113,28 @@ class LayerPages:
         if offset:
             keys = torch.cat([self.store.pool[sequence.table.resident[first], 0, :, :offset], keys], dim=1)
         pages = keys[:, : n_filled * size].unflatten(1, (n_filled, size)).transpose(0, 1)  # [n, K, P, D]
-        self.digests.put(row, first, self.selector.digest(pages))
+        digests = self.selector.digest(pages)
+        if digests.shape[:2] != pages.shape[:2]:
+            raise ValueError(
+                f"{type(self.selector).__name__} made digests {tuple(digests.shape)} of keys {tuple(pages.shape)}; the"
+                " first two sizes, pages and key/value heads, must be the same"
+            )
+        self.digests.put(row, first, digests)
+
+    def scores(self, row: int, query: torch.Tensor) -> torch.Tensor:
+        """How much a row's query `[K, G, D]` wants each of its full pages, `[n, K, G]`.
+
+        Raises:
+            ValueError: the selector gave scores of another shape.
+        """
+        n_sealed = self.sequences[row].n_sealed
+        scores = self.selector.score(query, self.digests.of(row, n_sealed))
+        if scores.shape != (n_sealed, *query.shape[:2]):
+            raise ValueError(
+                f"{type(self.selector).__name__} gave scores {tuple(scores.shape)} for {n_sealed} pages and a query"
+                f" {tuple(query.shape)}; they must be {(n_sealed, *query.shape[:2])}"
+            )
+        return scores
 
     def agree_with(self, masked: Sequence[Sequence[int]] | None) -> None:
         """Make sure that just those earlier positions are stored that are not masked now.

@@ -311,9 +311,8 @@ class PagedLayer(CacheLayerMixin):
         if self.selector and query is not None and self.cache.phase == "decode" and n_attended < len(pages):
             started = self.clock.now()
             grouped = group_heads(query[None], self.pages.kind[1])[0] * scores.scale  # [K, G, D]
-            estimates = self.selector.score(grouped, self.pages.digests.of(sequence.lane, sequence.n_sealed))
             per_head = self.paging.granularity == "kv_head"
-            choice = choose_pages(estimates, len(pages), pinned, n_attended, per_head)
+            choice = choose_pages(self.pages.scores(sequence.lane, grouped), len(pages), pinned, n_attended, per_head)
             pages, heads = choice.pages, choice.heads
             self.cache.recorder.spent(self.layer_idx, "select", self.clock.since(started))
         return PageReading(sequence.resolve(pages, pinned, partial(self.cache.look_ahead, self, sequence)), heads)

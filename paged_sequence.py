@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
-from shadow_lru import ShadowLRU
 
 from page_store import PageStore, Ticket
 from page_table import PageTable
 from recorder import Recorder
 from registry import POLICIES
 from run_specs import Paging
+from shadow_lru import ShadowLRU
 
 
 class LooksAhead(Protocol):
