@@ -329,6 +329,7 @@ class PagedLayer(CacheLayerMixin):
         merged: list[Partial] = []
         seen: list[tuple[list[int], torch.Tensor]] = []
         grouped = group_heads(query, n_kv_heads)
+        is_decode = self.cache.phase == "decode" and key is None  # a chunk's shares are not kept: they take memory
         if key is not None:
             started = self.clock.now()
             own = attention_with_lse(query, key, value, scale=scores.scale, causal=True, softcap=scores.softcap)
@@ -340,7 +341,8 @@ class PagedLayer(CacheLayerMixin):
                 if reading.heads is not None:
                     unseen = ~reading.heads[self._index(pages)].unsqueeze(-1)
                     part = Partial(part.out, part.lse.masked_fill(unseen, float("-inf")))
-                seen.append((pages, part.lse))
+                if is_decode:
+                    seen.append((pages, part.lse))
                 # The parts of one token are small enough to be merged all at once.
                 merged = [*merged, part] if length == 1 else [merge([*merged, part])]
             self._spent_attending(started)
@@ -351,7 +353,7 @@ class PagedLayer(CacheLayerMixin):
             merged.append(sink_part(scores.sinks, like=merged[0]))
         total = merge(merged)
         self._spent_attending(started)
-        if self.cache.phase == "decode" and key is None:
+        if is_decode:
             attention = DecodeAttention(seen, total.lse)
             if getattr(sequence.table.policy, "needs_mass", False):
                 sequence.attended(attention.pages, attention.mass)
