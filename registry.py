@@ -17,14 +17,15 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 IMPORT_PATH = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 class UnknownName(ValueError):
-    """A name of a part, or of a parameter of it, that is not known, with the nearest known one."""
+    """A name of a part, or of a parameter of it, that is not known, with the nearest known one; or a user's own part
+    that lacks a verb."""
 
 
 def nearest(word: str, known: list[str] | set[str] | Mapping[str, Any]) -> str:
@@ -39,10 +40,11 @@ class Registry:
     Args:
         kind: what the names name, in the singular (`"policy"`); used in messages.
         table: name -> import path.
+        verbs: methods that a user's own class must have.
     """
 
-    def __init__(self, kind: str, table: dict[str, str]):
-        self.kind, self.table = kind, dict(table)
+    def __init__(self, kind: str, table: dict[str, str], verbs: Sequence[str] = ()):
+        self.kind, self.table, self.verbs = kind, dict(table), tuple(verbs)
 
     def __iter__(self):
         return iter(self.table)
@@ -75,16 +77,21 @@ class Registry:
         """The class or function behind `name`.
 
         Raises:
-            UnknownName: the name is not registered, or its import path leads nowhere.
+            UnknownName: the name is not registered, or its import path leads nowhere, or to a class without the verbs.
         """
         self.check(name)
         path = self.table.get(name, name)
         module_name, _, attribute = path.partition(":")
         module = importlib.import_module(module_name)
         try:
-            return getattr(module, attribute)
+            part = getattr(module, attribute)
         except AttributeError:
             raise UnknownName(f"{self.kind} {name!r}: module {module_name!r} has no {attribute!r}") from None
+        if isinstance(part, type) and name not in self.table:  # `all`, which is in it, needs no verbs
+            missing = [verb for verb in self.verbs if not _defines(part, verb)]
+            if missing:
+                raise UnknownName(f"{self.kind} {name!r} lacks {', '.join(missing)} (verbs: {', '.join(self.verbs)})")
+        return part
 
     def create(self, choice: str | Mapping[str, Any]) -> Any:
         """A new instance from `"name"` or `{"name": ..., parameter: value}`.
@@ -122,6 +129,12 @@ class Registry:
         return rows
 
 
+def _defines(cls: type, verb: str) -> bool:
+    """Whether a class has a verb with something in it; a Protocol that it derives from has it in name only."""
+    owner = next((base for base in cls.__mro__ if verb in vars(base)), None)
+    return owner is not None and not getattr(owner, "_is_protocol", False)
+
+
 def parameters_of(cls: Any) -> dict[str, Any]:
     """The fields a user may set on a dataclass, with their defaults; empty for anything else."""
     if not dataclasses.is_dataclass(cls):
@@ -152,6 +165,7 @@ POLICIES = Registry(
         "s3fifo": "page_policies:S3FIFO",
         "attention": "page_policies:AttentionMass",
     },
+    verbs=("insert", "touch", "victim", "remove"),
 )
 SELECTORS = Registry(
     "selector",
@@ -163,6 +177,7 @@ SELECTORS = Registry(
         "window": "page_selectors:Window",
         "oracle": "page_selectors:Oracle",
     },
+    verbs=("digest", "score"),
 )
 PREDICTORS = Registry(
     "predictor",
@@ -171,4 +186,5 @@ PREDICTORS = Registry(
         "last_step": "page_predictors:LastStep",
         "layer_ahead": "page_predictors:LayerAhead",
     },
+    verbs=("want", "predict", "observe"),
 )
