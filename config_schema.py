@@ -273,7 +273,8 @@ class PredictiveExperiment(ReactiveExperiment):
     predictor: Predictor = Field("layer_ahead", description="What guesses the next pages.")
     prefetch_k: Count = Field(
         4,
-        description="Pages copied ahead at most, per layer and step; below staging_pages, to leave a slot for fetches.",
+        description="Pages copied ahead at most, per layer, sequence and step; fewer than staging_pages leaves"
+        " slots for fetches.",
     )
 
     def conflicts(self) -> Iterator[Conflict]:

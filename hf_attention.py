@@ -91,6 +91,11 @@ def hand_over(layer_idx: int, layer: AttendsToPages | None) -> None:
     _pending.note = (layer_idx, layer)
 
 
+def take_back() -> None:
+    """Forget a note that an interrupted forward pass of this thread has left."""
+    _pending.note = None
+
+
 def paged_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -17,6 +17,7 @@ This module is the cache as a whole; a layer of it is in paged_layer.py, a seque
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from hf_attention import CannotPage
 from links import choose_link
 from metrics import RunResult, Timing, cache_figures
 from models import LoadedModel
-from padding import masked_positions
+from padding import Padding, read_padding
 from page_store import Transport, transport_for
 from paged_layer import DecodeAttention, PagedLayer
 from paged_sequence import PagedSequence
@@ -47,6 +48,9 @@ class PagedKVCache(Cache):
     """A KV cache in pages, for any Hugging Face causal model with full-attention layers.
 
     A layer with sliding-window attention keeps transformers' own small cache.
+
+    Where a selector leaves pages out and the prompt comes in chunks, announce the prompt's length by setting
+    `prompt_tokens`: prefill reads every page, and without it a chunk of one token is taken for a decode step.
 
     Args:
         config: the model's config.
@@ -68,8 +72,12 @@ class PagedKVCache(Cache):
         self.phase = "prefill"
         self.prompt_tokens: int | None = None
         self._transports: dict[torch.device, Transport] = {}
-        self._attached = self.torn = self._has_decoded = False
-        self._mask_read: tuple[torch.Tensor | None, list[list[int]] | None] = (None, None)
+        self._n_attached = 0
+        self.torn = False
+        self.n_decode_steps = 0
+        self._made_of = config, paging
+        self._past = 0
+        self._mask_read: tuple[torch.Tensor, Padding | None] | None = None
         layers = [self._paged_or_kept(index, layer) for index, layer in enumerate(DynamicCache(config=config).layers)]
         super().__init__(layers=layers)
         self.paged_layers = [layer for layer in layers if isinstance(layer, PagedLayer)]
@@ -108,7 +116,7 @@ class PagedKVCache(Cache):
         layer = self.layers[layer_idx]
         if layer_idx == 0:
             self._begin_step(key_states.shape[2])
-        if self._attached:
+        if self._n_attached:
             pages_attend = isinstance(layer, PagedLayer)
             hf_attention.hand_over(layer_idx, layer if pages_attend else None)
             if pages_attend:
@@ -120,13 +128,12 @@ class PagedKVCache(Cache):
         """Note which phase this forward pass belongs to. Where the prompt's length was announced (`prompt_tokens`),
         decode begins after it; else one new token is taken for a decode step."""
         self._require_whole()
-        self._mask_read = (None, None)
-        past = self.paged_layers[0].n_tokens
-        decoding = n_new == 1 if self.prompt_tokens is None else past >= self.prompt_tokens
-        if decoding and not self._has_decoded:
-            self._has_decoded = True
+        self._mask_read, self._past = None, self.paged_layers[0].n_tokens
+        decoding = n_new == 1 if self.prompt_tokens is None else self._past >= self.prompt_tokens
+        if decoding and self.n_decode_steps == 0:
             for transport in self._transports.values():
                 transport.restart_clock()
+        self.n_decode_steps += decoding
         self.phase = "decode" if decoding else "prefill"
         self.recorder.begin_step(self.phase)
 
@@ -146,36 +153,57 @@ class PagedKVCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` positions of every layer."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative count of positions to remove, not {tokens_to_remove}")
         self._require_whole()
+        for layer in self._kept_layers():  # transformers refuses to crop a full window; nothing has changed by then
+            layer.crop(tokens_to_remove)
         with self._torn_by_an_error():
-            super().crop(tokens_to_remove)
+            for layer in self.paged_layers:
+                layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row i the old row `beam_idx[i]`."""
-        self._require_whole()
-        with self._torn_by_an_error():
-            super().reorder_cache(beam_idx)
-            self.rows_selected(beam_idx.tolist())
+        self._select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
-        self._require_whole()
-        n_rows = self._n_rows()
-        with self._torn_by_an_error():
-            super().batch_repeat_interleave(repeats)
-            self.rows_selected([row for row in range(n_rows) for _ in range(repeats)])
+        self._select_rows([row for row in range(self.paged_layers[0].n_rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`."""
-        self._require_whole()
-        n_rows = self._n_rows()
-        with self._torn_by_an_error():
-            super().batch_select_indices(indices)
-            self.rows_selected(torch.arange(n_rows)[indices.cpu()].tolist())
+        n_rows = self.paged_layers[0].n_rows
+        if n_rows:
+            self._select_rows(torch.arange(n_rows)[indices.cpu()].tolist())
 
-    def _n_rows(self) -> int:
-        pages = self.paged_layers[0].pages
-        return 0 if pages is None else pages.batch_size
+    def _select_rows(self, rows: list[int]) -> None:
+        self._require_whole()
+        with self._torn_by_an_error():
+            for layer in self.paged_layers:
+                layer.select_rows(rows)
+            for layer in self._kept_layers():
+                if layer.get_seq_length():
+                    layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
+            self.rows_selected(rows)
+
+    def _kept_layers(self) -> list[Any]:
+        """The layers that are not paged."""
+        return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedKVCache:
+        """A cache with the same context that goes its own way from here, as one prompt is continued several times. Its
+        pages are written anew, and its record begins with that."""
+        self._require_whole()
+        config, options = self._made_of
+        other = type(self)(config, **options)
+        memo[id(self)] = other
+        other.recorder.begin_step("prefill")
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PagedLayer):
+                other.layers[index].continue_from(layer)
+            else:
+                other.layers[index] = copy.deepcopy(layer, memo)
+        return other
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[PagedKVCache]:
@@ -185,11 +213,11 @@ class PagedKVCache(Cache):
             CannotPage: the model does not route attention through transformers' AttentionInterface.
         """
         with hf_attention.attached(model):
-            self._attached = True
+            self._n_attached += 1
             try:
                 yield self
             finally:
-                self._attached = False
+                self._n_attached -= 1
                 self._settle()
 
     def _settle(self) -> None:
@@ -201,20 +229,24 @@ class PagedKVCache(Cache):
 
     def reset(self) -> None:
         """Forget the context and the record of it; keep the memory, unless an error has torn the cache."""
+        hf_attention.take_back()
         with self._torn_by_an_error():
             super().reset()
         self.recorder.reset()
         self.phase, self.prompt_tokens = "prefill", None
-        self.torn = self._has_decoded = False
+        self.torn, self.n_decode_steps = False, 0
 
     # --- what layers need, and where predictive paging hooks in -----------------------------------------------------
 
-    def masked_positions(self, allowed: torch.Tensor | None) -> list[list[int]] | None:
-        """Positions of each row that may not be seen, read from the mask `[B, 1, 1, positions]` once for all layers of
-        a forward pass; None where there are none."""
-        if allowed is not self._mask_read[0]:
-            self._mask_read = (allowed, masked_positions(allowed))
-        return self._mask_read[1]
+    def padding(self, allowed: torch.Tensor | None) -> Padding | None:
+        """What the mask `[B, 1, 1, positions]` leaves out, read once for all layers of a forward pass; None if nothing.
+        Over several devices each layer may be given a copy of it."""
+        if allowed is None:
+            return None
+        read = self._mask_read
+        if read is None or not (allowed is read[0] or allowed.device != read[0].device):
+            self._mask_read = read = (allowed, read_padding(allowed, self._past))
+        return read[1]
 
     def transport(self, device: torch.device) -> Transport:
         """What copies to and from `device` travel on; one for all layers there."""
@@ -248,7 +280,7 @@ class PagedKVCache(Cache):
             as well but no keys and values; `host_kv_bytes` in host memory and `disk_kv_bytes` in files.
         """
         paged = [layer.pages for layer in self.paged_layers if layer.pages is not None]
-        kept = [layer for layer in self.layers if not isinstance(layer, PagedLayer) and layer.is_initialized]
+        kept = [layer for layer in self._kept_layers() if layer.is_initialized]
         sequences = [sequence for pages in paged for sequence in pages.sequences]
         page_bytes = self.page_bytes if paged else 0
         return {

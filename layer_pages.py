@@ -89,7 +89,7 @@ class LayerPages:
         """Append `[B, K, T, D]`.
 
         Args:
-            masked: positions of each row that are padding, as from `padding.masked_positions`; they are not stored.
+            masked: which of these positions are padding, in each row; they are not stored.
         """
         past, length = self.n_tokens, keys.shape[2]
         for row, sequence in enumerate(self.sequences):
@@ -97,7 +97,7 @@ class LayerPages:
             if masked is not None:
                 kept = kept_of(masked[row], past, length)
                 row_keys, row_values = row_keys[:, kept], row_values[:, kept]
-                sequence.holes += [position for position in masked[row] if position >= past]
+                sequence.holes += masked[row]
             if self.digests is not None:
                 self._digest(row, row_keys)
             sequence.append(row_keys, row_values)
@@ -136,8 +136,8 @@ class LayerPages:
             )
         return scores
 
-    def agree_with(self, masked: Sequence[Sequence[int]] | None) -> None:
-        """Make sure that just those earlier positions are stored that are not masked now.
+    def agree_with(self, masked: Sequence[list[int]] | None) -> None:
+        """Make sure that of the context just those positions are stored that are not masked now.
 
         Positions that were stored and have become masked, as when a padded context was written without a mask, are
         taken out, at the cost of one pass over the context.
@@ -145,10 +145,9 @@ class LayerPages:
         Raises:
             ValueError: a position that was padding when it was written is to be seen now.
         """
-        if masked is None and not any(sequence.holes for sequence in self.sequences):
-            return
-        past = [[position for position in row if position < self.n_tokens] for row in masked or self._no_mask()]
-        if past == [sequence.holes for sequence in self.sequences]:
+        holes = [sequence.holes for sequence in self.sequences]
+        past = [[] for _ in self.sequences] if masked is None else list(masked)
+        if past == holes:
             return
         for row, sequence in enumerate(self.sequences):
             lost = sorted(set(sequence.holes) - set(past[row]))
@@ -160,9 +159,6 @@ class LayerPages:
         keys, values = self.materialise()
         self.clear()
         self.append(keys, values, past)
-
-    def _no_mask(self) -> list[list[int]]:
-        return [[] for _ in self.sequences]
 
     # --- changing ---------------------------------------------------------------------------------------------------
 

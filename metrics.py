@@ -149,7 +149,7 @@ def cache_figures(
         "d2h_bytes": decode["d2h_pages"] * page_bytes,
         "stall_ms": decode["stall_ms"],
         "stall_percent": percent(decode["stall_ms"], timing.decode_ms),
-        "stages": _stages(decode, timing),
+        "stages": _stages(decode, timing, link),
         "transfer_ms": transfer_ms,
         "effective_bandwidth_gb_s": measured_gb_s,
         "link": link,
@@ -159,15 +159,18 @@ def cache_figures(
     }
 
 
-def _stages(decode: dict[str, Any], timing: Timing) -> dict[str, float | None]:
-    """Where decode time goes, in ms: the stages of paging (see `recorder.StepRecord`), and all the rest."""
+def _stages(decode: dict[str, Any], timing: Timing, link: dict[str, Any]) -> dict[str, float | None]:
+    """Where decode time goes, in ms: the stages of paging (see `recorder.StepRecord`), and all the rest.
+
+    On CUDA `copy_ms` is time of the host, which works while the device computes, so there is no rest to speak of.
+    """
     stages = {
         "select_ms": decode["select_ms"],
         "wait_ms": decode["stall_ms"],
         "copy_ms": decode["copy_ms"],
         "attend_ms": decode["attend_ms"],
     }
-    if timing.decode_ms is None or None in stages.values():
+    if timing.decode_ms is None or None in stages.values() or link.get("kind") == "bus":
         return {**stages, "other_ms": None}
     return {**stages, "other_ms": timing.decode_ms - sum(stages.values())}
 
@@ -188,14 +191,17 @@ def _floor(
 ) -> dict[str, Any]:
     """Roofline of a decode step: max(compute, bytes that must move / bandwidth), and how far the run is above it.
 
-    Compute is what is left of a step without its stall, so it holds everything that is not waiting for a page. The
-    bandwidth is the link's own where it is known, and for a real bus the one measured in this run.
+    Compute is what is left of a step without waiting for pages and choosing them, and on a CPU without asking for
+    copies. Attention in parts and its merging are still in it, so it is no less than what computing would take if all
+    pages were there; the baseline's time per token, where there is one, says that. The bandwidth is the link's own
+    where it is known, and for a real bus the one measured in this run.
     """
     must_move_bytes = ratio(decode["must_move"] * page_bytes, decode["steps"])
     bandwidth_gb_s = link.get("bandwidth_gb_s") or measured_gb_s
     tpot_ms = timing.tpot_ms
-    stall_ms = ratio(decode["stall_ms"], decode["steps"])
-    compute_ms = None if tpot_ms is None or stall_ms is None else tpot_ms - stall_ms
+    paging = [decode["stall_ms"], decode["select_ms"], 0.0 if link.get("kind") == "bus" else decode["copy_ms"]]
+    paging_ms = None if None in paging else ratio(sum(paging), decode["steps"])
+    compute_ms = difference(tpot_ms, paging_ms)
     transfer_ms = None
     if must_move_bytes is not None and bandwidth_gb_s:
         transfer_ms = must_move_bytes / bandwidth_gb_s / 1e6

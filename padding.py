@@ -9,20 +9,38 @@ at the same tokens, so that a selector chooses the same ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 
-def masked_positions(allowed: torch.Tensor) -> list[list[int]]:
+@dataclass(frozen=True)
+class Padding:
     """The positions of each row that may not be seen, ascending.
+
+    Attributes:
+        past: those of the context so far.
+        new: those among the positions that are being added.
+    """
+
+    past: list[list[int]]
+    new: list[list[int]]
+
+
+def read_padding(allowed: torch.Tensor, past: int) -> Padding | None:
+    """The padding that a mask tells of; None if there is none.
 
     Args:
         allowed: bool [B, 1, 1, positions]. Read once for all layers of a forward pass, as on CUDA it is waited for.
+        past: how many of the positions are in the context already.
     """
-    rows: list[list[int]] = [[] for _ in range(allowed.shape[0])]
-    for row, position in (~allowed[:, 0, 0]).nonzero().tolist():
-        rows[row].append(position)
-    return rows
+    masked = (~allowed[:, 0, 0]).nonzero().tolist()
+    if not masked:
+        return None
+    padding = Padding(*([[] for _ in range(allowed.shape[0])] for _ in ("past", "new")))
+    for row, position in masked:
+        (padding.past if position < past else padding.new)[row].append(position)
+    return padding
 
 
 def kept_of(masked: Sequence[int], past: int, length: int) -> slice | list[int]:

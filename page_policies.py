@@ -33,10 +33,15 @@ class NothingToEvict(RuntimeError):
 class ReplacementPolicy(Protocol):
     """The verbs of a policy; see the module's docstring.
 
-    Two more names are optional. A policy that ranks pages by the attention they get declares the class attribute
+    Some names are optional. A policy that ranks pages by the attention they get declares the class attribute
     `needs_mass = True`, and only then is its fifth verb called, at the end of each step:
 
         observe(masses)         page -> share of the step's attention, of the pages that were attended to
+
+    And a policy that remembers pages which are not resident may have
+
+        truncate(n_pages)       the context was cropped: forget the pages from number `n_pages` on; those among them
+                                that were resident have been removed
     """
 
     def insert(self, page: int) -> None: ...
@@ -210,6 +215,10 @@ class S3FIFO:
         self._named = self._leave_main(pinned) if victim is None else victim
         return self._named
 
+    def truncate(self, n_pages: int) -> None:
+        for page in [page for page in self._ghosts if page >= n_pages]:
+            del self._ghosts[page]
+
     def remove(self, page: int) -> None:
         was_named, self._named = page == self._named, None
         main_share = len(self._uses) - self._small_share()
@@ -303,6 +312,10 @@ class AttentionMass:
     def victim(self, pinned: Collection[int]) -> int:
         self._named = _least_unpinned(self._order, pinned, lambda page: self._mass.get(page, math.inf))
         return self._named
+
+    def truncate(self, n_pages: int) -> None:
+        for page in [page for page in self._mass if page >= n_pages]:
+            del self._mass[page]
 
     def remove(self, page: int) -> None:
         was_named, self._named = page == self._named, None

@@ -107,6 +107,8 @@ class PageTable:
         for page in [page for page in self.resident if page >= n_pages]:
             self.policy.remove(page)
             self.free_slots.append(self.resident.pop(page))
+        if hasattr(self.policy, "truncate"):
+            self.policy.truncate(n_pages)
 
     def clear(self) -> None:
         """Forget every page; all slots are free again."""

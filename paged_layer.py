@@ -26,7 +26,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_attention import CannotPage
 from layer_pages import LayerPages
-from padding import kept_of
+from padding import Padding, kept_of
 from page_selection import choose_pages
 from page_store import Transport, to_host_later
 from paged_attention import (
@@ -73,7 +73,7 @@ class DecodeAttention:
 
 
 @dataclass(frozen=True)
-class AttentionScores:
+class ScoreRule:
     """How scores are made of queries and keys: `scale`, and `softcap` where a model bounds them. `sinks` [H] are
     logits without a value that join the softmax's denominator."""
 
@@ -100,8 +100,8 @@ class ServesLayers(Protocol):
 
     def transport(self, device: torch.device) -> Transport: ...
 
-    def masked_positions(self, allowed: torch.Tensor | None) -> list[list[int]] | None:
-        """Positions of each row that may not be seen; None where there are none."""
+    def padding(self, allowed: torch.Tensor | None) -> Padding | None:
+        """What the mask of this forward pass leaves out; None if nothing."""
 
     def look_ahead(self, layer: PagedLayer, sequence: PagedSequence, wanted: Sequence[int]) -> None:
         """Every page that the layer asked for is there or on its way: the link has time to look ahead."""
@@ -130,6 +130,8 @@ class PagedLayer(CacheLayerMixin):
         self.selector = SELECTORS.create(paging.selector) if selects else None
         self.pages: LayerPages | None = None
         self.clock: StageClock
+        self._looking: list[tuple[PagedSequence, Sequence[int]]] = []  # rows that have asked for all they want
+        self._n_asking = 0
 
     @property
     def n_tokens(self) -> int:
@@ -201,19 +203,30 @@ class PagedLayer(CacheLayerMixin):
             self.pages.truncate(max(0, self.n_tokens + tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select_rows(beam_idx.tolist())
+        self.select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.n_tokens:
-            self._select_rows([row for row in range(self.pages.batch_size) for _ in range(repeats)])
+        self.select_rows([row for row in range(self.n_rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.n_tokens:
-            self._select_rows(torch.arange(self.pages.batch_size)[indices.cpu()].tolist())
+        self.select_rows(torch.arange(self.n_rows)[indices.cpu()].tolist())
 
-    def _select_rows(self, rows: list[int]) -> None:
+    @property
+    def n_rows(self) -> int:
+        """Sequences in the batch; 0 before there are any."""
+        return 0 if self.pages is None else self.pages.batch_size
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Make row i what row `rows[i]` was."""
         if self.n_tokens:
             self.pages.select_rows(rows)
+
+    def continue_from(self, other: PagedLayer) -> None:
+        """Take over the context of another layer, by writing it again."""
+        if other.n_tokens:
+            keys, values = other.pages.materialise()
+            self._require_initialized(keys, values)
+            self.pages.append(keys, values, [sequence.holes for sequence in other.pages.sequences])
 
     def _require_initialized(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for what is about to be written, unless memory of just that kind is there."""
@@ -260,43 +273,55 @@ class PagedLayer(CacheLayerMixin):
             [B, H, T, D] in the query's dtype; 0 for positions that are padding.
         """
         self._require_initialized(key, value)
+        n_positions = self.n_tokens + query.shape[2]
+        if allowed is not None and allowed.shape[-1] != n_positions:
+            raise CannotPage(f"the mask is for {allowed.shape[-1]} positions, but there are {n_positions}")
         try:
-            masked = self.cache.masked_positions(allowed)
-            self.pages.agree_with(masked)
-            scores = AttentionScores(scale, softcap, sinks)
+            padding = self.cache.padding(allowed)
+            self.pages.agree_with(None if padding is None else padding.past)
+            masked = None if padding is None else padding.new
+            rule = ScoreRule(scale, softcap, sinks)
             attend = self._attend_token if query.shape[2] == 1 else self._attend_chunk
-            rows = attend(query, key, value, masked, scores)
+            rows = attend(query, key, value, masked, rule)
         except BaseException:
             self.cache.torn = True  # some pages may be staged and not attended, some positions written and others not
             raise
         return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(query.dtype)
 
-    def _attend_token(self, query, key, value, masked, scores) -> list[torch.Tensor]:
+    def _attend_token(self, query, key, value, masked, rule) -> list[torch.Tensor]:
         """One new token of each row: written first, and then attended to like the others."""
         self.pages.append(key, value, masked)
-        readings = [self._ask(sequence, query[row], scores) for row, sequence in enumerate(self.pages.sequences)]
-        return [self._attend_row(row, query[row : row + 1], reading, scores) for row, reading in enumerate(readings)]
+        rows = [row for row in range(query.shape[0]) if not (masked and masked[row])]
+        self._looking.clear()
+        self._n_asking = sum(self.pages.sequences[row].n_pages > 0 for row in rows)
+        readings = [
+            self._ask(sequence, query[row], rule) if row in rows else PageReading(())
+            for row, sequence in enumerate(self.pages.sequences)
+        ]
+        return [self._attend_row(row, query[row : row + 1], reading, rule) for row, reading in enumerate(readings)]
 
-    def _attend_chunk(self, query, key, value, masked, scores) -> list[torch.Tensor]:
+    def _attend_chunk(self, query, key, value, masked, rule) -> list[torch.Tensor]:
         """Several new tokens of each row: attended to causally among themselves, and written afterwards."""
         past, length = self.n_tokens, query.shape[2]
+        self._looking.clear()
+        self._n_asking = sum(sequence.n_pages > 0 for sequence in self.pages.sequences)
         readings = [self._ask(sequence) for sequence in self.pages.sequences]
         rows = []
         for row, reading in enumerate(readings):
             one = slice(row, row + 1)
             if masked is None:
-                rows.append(self._attend_row(row, query[one], reading, scores, key[one], value[one]))
+                rows.append(self._attend_row(row, query[one], reading, rule, key[one], value[one]))
                 continue
             kept = kept_of(masked[row], past, length)
             own = (states[one, :, kept] for states in (key, value))
             out = torch.zeros_like(query[one])
-            out[:, :, kept] = self._attend_row(row, query[one, :, kept], reading, scores, *own).to(out.dtype)
+            out[:, :, kept] = self._attend_row(row, query[one, :, kept], reading, rule, *own).to(out.dtype)
             rows.append(out)
         self.pages.append(key, value, masked)
         return rows
 
     def _ask(
-        self, sequence: PagedSequence, query: torch.Tensor | None = None, scores: AttentionScores | None = None
+        self, sequence: PagedSequence, query: torch.Tensor | None = None, rule: ScoreRule | None = None
     ) -> PageReading:
         """Ask for pages. All sequences ask before any is attended, so that all their copies are under way.
 
@@ -310,14 +335,23 @@ class PagedLayer(CacheLayerMixin):
         n_attended = self.paging.n_attended(len(pages))
         if self.selector and query is not None and self.cache.phase == "decode" and n_attended < len(pages):
             started = self.clock.now()
-            grouped = group_heads(query[None], self.pages.kind[1])[0] * scores.scale  # [K, G, D]
+            grouped = group_heads(query[None], self.pages.kind[1])[0] * rule.scale  # [K, G, D]
             per_head = self.paging.granularity == "kv_head"
             choice = choose_pages(self.pages.scores(sequence.lane, grouped), len(pages), pinned, n_attended, per_head)
             pages, heads = choice.pages, choice.heads
             self.cache.recorder.spent(self.layer_idx, "select", self.clock.since(started))
-        return PageReading(sequence.resolve(pages, pinned, partial(self.cache.look_ahead, self, sequence)), heads)
+        return PageReading(sequence.resolve(pages, pinned, partial(self._look_ahead, sequence)), heads)
 
-    def _attend_row(self, row, query, reading, scores, key=None, value=None) -> torch.Tensor:
+    def _look_ahead(self, sequence: PagedSequence, wanted: Sequence[int]) -> None:
+        """Look ahead once nothing is left to ask for in any row: copies are first come, first served, and what a row
+        wants now goes before what another may want next."""
+        self._looking.append((sequence, wanted))
+        if len(self._looking) == self._n_asking:
+            for one, pages in self._looking:
+                self.cache.look_ahead(self, one, pages)
+            self._looking.clear()
+
+    def _attend_row(self, row, query, reading, rule, key=None, value=None) -> torch.Tensor:
         """Attend from one row's new tokens to the pages it asked for, wave by wave, and to `key` and `value` of the
         same tokens, causally. [1, H, T, D] -> [1, H, T, D], float32."""
         n_heads, length = query.shape[1:3]
@@ -332,12 +366,12 @@ class PagedLayer(CacheLayerMixin):
         is_decode = self.cache.phase == "decode" and key is None  # a chunk's shares are not kept: they take memory
         if key is not None:
             started = self.clock.now()
-            own = attention_with_lse(query, key, value, scale=scores.scale, causal=True, softcap=scores.softcap)
+            own = attention_with_lse(query, key, value, scale=rule.scale, causal=True, softcap=rule.softcap)
             merged.append(Partial(group_heads(own.out, n_kv_heads), own.lse.reshape(1, n_kv_heads, -1)))
             self._spent_attending(started)
         for wave in reading.waves:
             started = self.clock.now()
-            for pages, part in self._attend_wave(sequence, wave, grouped, scores):
+            for pages, part in self._attend_wave(sequence, wave, grouped, rule):
                 if reading.heads is not None:
                     unseen = ~reading.heads[self._index(pages)].unsqueeze(-1)
                     part = Partial(part.out, part.lse.masked_fill(unseen, float("-inf")))
@@ -349,8 +383,8 @@ class PagedLayer(CacheLayerMixin):
         if not merged:  # nothing but padding so far
             return torch.zeros_like(query, dtype=torch.float32)
         started = self.clock.now()
-        if scores.sinks is not None:
-            merged.append(sink_part(scores.sinks, like=merged[0]))
+        if rule.sinks is not None:
+            merged.append(sink_part(rule.sinks, like=merged[0]))
         total = merge(merged)
         self._spent_attending(started)
         if is_decode:
@@ -363,7 +397,7 @@ class PagedLayer(CacheLayerMixin):
     def _spent_attending(self, started: Any) -> None:
         self.cache.recorder.spent(self.layer_idx, "attend", self.clock.since(started))
 
-    def _attend_wave(self, sequence, wave, grouped, scores) -> Iterator[tuple[list[int], Partial]]:
+    def _attend_wave(self, sequence, wave, grouped, rule) -> Iterator[tuple[list[int], Partial]]:
         """Attend to pages that are on the device: the full ones together, the open one by itself."""
         fill = sequence.n_tokens % self.paging.page_size
         open_page = sequence.n_pages - 1 if fill else None
@@ -371,26 +405,26 @@ class PagedLayer(CacheLayerMixin):
         per_call = max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
         for start in range(0, len(full), per_call):
             slots, pages = zip(*full[start : start + per_call], strict=True)
-            yield list(pages), self._attend_slots(slots, grouped, scores)
+            yield list(pages), self._attend_slots(slots, grouped, rule)
         if open_page in wave:
             slot = wave[open_page]
-            yield [open_page], self._attend_block(self.pages.store.pool[slot : slot + 1, :, :, :fill], grouped, scores)
+            yield [open_page], self._attend_block(self.pages.store.pool[slot : slot + 1, :, :, :fill], grouped, rule)
 
-    def _attend_slots(self, slots, grouped, scores) -> Partial:
+    def _attend_slots(self, slots, grouped, rule) -> Partial:
         """Attend to full pages. A stretch of the pool with few other pages in it is read in place rather than gathered:
         work on the pages between is thrown away, which costs less than copying those that are wanted."""
         pool, first, n_spanned = self.pages.store.pool, slots[0], slots[-1] - slots[0] + 1
         if n_spanned > 2 * len(slots):
-            return self._attend_block(pool[self._index(slots)], grouped, scores)
-        part = self._attend_block(pool[first : first + n_spanned], grouped, scores)
+            return self._attend_block(pool[self._index(slots)], grouped, rule)
+        part = self._attend_block(pool[first : first + n_spanned], grouped, rule)
         if n_spanned == len(slots):
             return part
         wanted = self._index([slot - first for slot in slots])
         return Partial(part.out[wanted], part.lse[wanted])
 
-    def _attend_block(self, block: torch.Tensor, grouped: torch.Tensor, scores: AttentionScores) -> Partial:
+    def _attend_block(self, block: torch.Tensor, grouped: torch.Tensor, rule: ScoreRule) -> Partial:
         """Attend to pages `[n, 2, K, P, D]`."""
-        return attend_pages(grouped, block[:, 0], block[:, 1], scale=scores.scale, softcap=scores.softcap)
+        return attend_pages(grouped, block[:, 0], block[:, 1], scale=rule.scale, softcap=rule.softcap)
 
     def _index(self, places: Sequence[int]) -> torch.Tensor:
         """Places as an index on the device. From pinned memory, as a pageable copy would make the host wait."""

@@ -118,6 +118,7 @@ class PagedSequence:
             self._give_up(page)
         self.table.truncate(n_pages)
         self.shadow.truncate(n_pages)
+        self._unread_mass = None
         if fill and kept_sealed < self.n_sealed:
             self._reopen(kept_sealed, n_pages)
         for row in self.host_rows[kept_sealed:]:
@@ -132,16 +133,17 @@ class PagedSequence:
             slot, evicted = self.table.stage(page, pinned)
             self.arriving[page] = self.fetch([page], [slot])
             self.count(h2d_pages=1, evictions=int(evicted is not None))
+        elif page in self.table.staged:
+            self.count(prefetch_on_time=1)
         if page in self.table.staged:
             self.recorder.waited(self.layer_idx, self.arriving.pop(page).wait())
             self.count(evictions=int(self.table.admit(page, pinned) is not None))
-            self.shadow.insert(page, pinned)
+        self.shadow.insert(page, pinned)
         self.store.await_slot(self.table.resident[page])
 
     def clear(self) -> None:
         """Forget every position."""
         self.drop()
-        self.arriving.clear()
         self.table.clear()
         self.shadow.clear()
         self.n_tokens, self.holes, self._unread_mass = 0, [], None
@@ -153,12 +155,15 @@ class PagedSequence:
         other.table = self.table.fork(other.table.first_slot)
         other.shadow = self.shadow.copy()
         other.n_tokens, other.holes, other.host_rows = self.n_tokens, list(self.holes), list(self.host_rows)
+        other._unread_mass = self._unread_mass
         for row in other.host_rows:
             self.store.host.share(row)
         return other
 
     def drop(self) -> None:
-        """Give back the host pages."""
+        """Give up what is on its way, and give back the host pages."""
+        for page in list(self.arriving):
+            self._give_up(page)
         for row in self.host_rows:
             self.store.release(row)
         self.host_rows = []

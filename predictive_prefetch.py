@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -54,35 +55,50 @@ class PrefetchingKVCache(PagedKVCache):
         super().__init__(config, **paging)
         if not 1 <= prefetch_k <= self.paging.staging_pages:
             raise ValueError(f"prefetch_k={prefetch_k} must be between 1 and staging_pages={self.paging.staging_pages}")
+        PREDICTORS.create(predictor)  # a wrong name or parameter is found now, not in the first decode step
+        self._made_of = config, {"predictor": predictor, "prefetch_k": prefetch_k, **paging}
         self.predictor, self.prefetch_k = predictor, prefetch_k
         self._predictors: dict[int, Predictor] = {}
         following = self.paged_layers[1:] + self.paged_layers[:1]
         self._next_layer = dict(zip((layer.layer_idx for layer in self.paged_layers), following, strict=True))
-        self._step = 0
 
     def reset(self) -> None:
         super().reset()
         self._predictors.clear()
-        self._step = 0
+
+    @property
+    def _step(self) -> int:
+        """Number of the decode step under way, from 0."""
+        return self.n_decode_steps - 1
 
     def look_ahead(self, layer: PagedLayer, sequence: PagedSequence, wanted: Sequence[int]) -> None:
         """The link has time: copy ahead for the next layer (after the last one, the first one of the next step)."""
         if self.phase != "decode":
             return
-        predictor = self._predictor(sequence)
-        predictor.want(layer.layer_idx, self._step, wanted)
         following = self._next_layer[layer.layer_idx]
+        if following.n_rows <= sequence.lane:  # the first tokens of all: the next layer has no pages yet
+            return
         wraps = following is self.paged_layers[0]
-        guesses = predictor.predict(following.layer_idx, self._step + wraps)
+        predictor = self._predictor(sequence)
+        with self._naming_the_predictor():
+            predictor.want(layer.layer_idx, self._step, wanted)
+            guesses = predictor.predict(following.layer_idx, self._step + wraps)
         following.pages.sequences[sequence.lane].prefetch([page for page, _ in guesses], self.prefetch_k)
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
-        """Tell the predictor what attention looked at, and count the step after the last layer's last sequence."""
+        """Tell the predictor what attention looked at."""
         predictor = self._predictor(sequence)
         if getattr(predictor, "needs_mass", True):
-            predictor.observe(layer.layer_idx, self._step, attention.pages, attention.mass)
-        if layer is self.paged_layers[-1] and sequence.lane == layer.pages.batch_size - 1:
-            self._step += 1
+            with self._naming_the_predictor():
+                predictor.observe(layer.layer_idx, self._step, attention.pages, attention.mass)
+
+    @contextmanager
+    def _naming_the_predictor(self) -> Iterator[None]:
+        """An error of a predictor says whose it is."""
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(f"predictor {self.predictor!r} failed: {type(error).__name__}: {error}") from error
 
     def rows_selected(self, rows: Sequence[int]) -> None:
         """Let each row's predictor follow it."""

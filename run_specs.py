@@ -40,7 +40,8 @@ class Paging:
         dense_layers: first layers of the model that attend to every page nevertheless.
         sink_pages, recent_pages: first and last pages that are always resident; the open page is the most recent.
         access_order: `"resident_first"`, all wanted pages are asked for as a set; or `"position"`, one by one.
-        host_pages: pages kept in host memory; later ones go to a file on disk. None for all in memory.
+        host_pages: pages kept in host memory, times the rows of the first batch; later ones go to a file on disk.
+            None for all in memory.
         disk_dir: folder of that file; None for the system's temporary folder.
         link: a name, or a mapping with `bandwidth_gb_s` and `latency_us`; see links.py.
         record_pages: keep which pages each layer asked for at each step, beside the counts.
@@ -80,8 +81,9 @@ class Paging:
                 raise ValueError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")
         if self.attention_fraction is not None and not 0 < self.attention_fraction <= 1:
             raise ValueError(f"attention_fraction must be above 0 and at most 1, not {self.attention_fraction}")
-        for _, text in paging_conflicts(self):
-            raise ValueError(text)
+        _, conflict = next(paging_conflicts(self), (None, None))
+        if conflict is not None:
+            raise ValueError(conflict)
 
     @property
     def slots(self) -> int:
@@ -99,7 +101,9 @@ class Paging:
             return min(self.attention_pages, n_pages)
         if self.attention_fraction is None:
             return n_pages
-        return min(n_pages, max(math.ceil(self.attention_fraction * n_pages), self.sink_pages + self.recent_pages))
+        return min(
+            n_pages, max(math.ceil(round(self.attention_fraction * n_pages, 9)), self.sink_pages + self.recent_pages)
+        )
 
 
 def is_exact(selector: str | Mapping[str, Any]) -> bool:

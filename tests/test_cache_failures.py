@@ -592,7 +592,11 @@ FAULTY = {
         ValueError,
         r"SelectorOfOneDigest made digests \(0, 2, 16\) of keys \(2, 2, 8, 16\)",
     ),
-    "predictor_raises": ({"predictor": own(PredictorThatRaises), "prefetch_k": 1}, LookupError, "no forecast today"),
+    "predictor_raises": (
+        {"predictor": own(PredictorThatRaises), "prefetch_k": 1},
+        RuntimeError,
+        "PredictorThatRaises' failed: LookupError: no forecast today",
+    ),
 }
 
 
@@ -681,7 +685,7 @@ def test_a_run_with_a_predictor_that_raises_is_a_row_and_the_next_run_is_made(ru
     code, rows, _ = run_of(mode="predictive", predictor=own(PredictorThatRaises), prefetch_k=1, max_new_tokens=8)
     assert code == 1
     assert {mode: row["status"] for mode, row in rows.items()} == {"predictive": "error", "baseline": "ok"}
-    assert rows["predictive"]["error"] == "LookupError: no forecast today"
+    assert rows["predictive"]["error"].endswith("PredictorThatRaises' failed: LookupError: no forecast today")
 
 
 @pytest.mark.parametrize(

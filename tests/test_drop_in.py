@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from accelerate import dispatch_model
 from tiny_models import CONFIGS, Prompt, continue_prompt, make_model, make_prompt
 from transformers import DynamicCache
 
+from hf_attention import CannotPage
 from kv_paging import PagedKVCache
 from predictive_prefetch import PrefetchingKVCache
 
@@ -154,6 +156,71 @@ def test_a_context_written_attached_with_padding_goes_on_unattached(model, kind)
     mask = torch.cat([prompt.mask, torch.ones(2, 10, dtype=torch.long)], dim=1)
     again = [continue_prompt(model, Prompt(said, mask), 10, past_key_values=one) for one in (naive, cache)]
     assert torch.equal(*again)
+
+
+@attached_or_not
+def test_one_prompt_is_continued_several_times_from_copies(model, kind, attach):
+    """As transformers' guide to reusing a prompt's cache does it."""
+    prompt, mine, naive = (
+        make_prompt(60, batch=2, padding=7),
+        make_cache(model, kind),
+        DynamicCache(config=model.config),
+    )
+    with torch.no_grad():
+        model(prompt.ids, attention_mask=prompt.mask, past_key_values=naive)
+        with using(mine, model, attach):
+            model(prompt.ids, attention_mask=prompt.mask, past_key_values=mine)
+    for seed in (1, 2):
+        more = make_prompt(11, batch=2, seed=seed)
+        whole = Prompt(torch.cat([prompt.ids, more.ids], dim=1), torch.cat([prompt.mask, more.mask], dim=1))
+        other = copy.deepcopy(mine)
+        with using(other, model, attach):
+            tokens = continue_prompt(model, whole, 12, past_key_values=other)
+        assert torch.equal(tokens, continue_prompt(model, whole, 12, past_key_values=copy.deepcopy(naive)))
+    assert mine.get_seq_length() == 60
+
+
+def test_a_cache_attached_twice_is_attached_until_the_last_exit(model, kind):
+    prompt, cache = make_prompt(40), make_cache(model, kind)
+    with cache.attached(model):
+        with cache.attached(model):
+            pass
+        assert torch.equal(continue_prompt(model, prompt, past_key_values=cache), continue_prompt_alone(model, prompt))
+
+
+def continue_prompt_alone(model, prompt):
+    return continue_prompt(make_model(type(model.config).from_dict(model.config.to_dict())), prompt)
+
+
+def test_what_is_refused_changes_nothing(model, kind):
+    cache, prompt = make_cache(model, kind), make_prompt(60)
+    with cache.attached(model):
+        said = continue_prompt(model, prompt, 5, past_key_values=cache)
+        with pytest.raises(ValueError, match="negative count"):
+            cache.crop(3)
+        if any(cache.is_sliding):
+            with pytest.raises(RuntimeError, match="sliding window size was already reached"):
+                cache.crop(-3)
+        assert {layer.get_seq_length() for layer in cache.layers} == {64}
+        tokens = continue_prompt(model, Prompt(said, torch.ones_like(said)), 5, past_key_values=cache)
+    assert torch.equal(tokens, continue_prompt(model, prompt, 10))
+
+
+def test_rows_of_a_cache_that_was_never_filled_cannot_be_selected_and_that_is_no_error(model, kind):
+    cache = make_cache(model, kind)
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.batch_repeat_interleave(2)
+    assert cache.get_seq_length() == 0
+
+
+def test_a_mask_of_another_length_than_the_context_is_refused():
+    cache = PagedKVCache(make_model(CONFIGS["llama_gqa"]).config, **SMALL)
+    layer, states = cache.paged_layers[0], torch.randn(3, 1, 2, 20, 16)
+    cache.recorder.begin_step("prefill")
+    layer.update(states[1], states[2])
+    allowed = torch.ones(1, 1, 1, 5, dtype=torch.bool)
+    with pytest.raises(CannotPage, match="the mask is for 5 positions, but there are 25"):
+        layer.attend(torch.randn(1, 4, 5, 16), states[1, :, :, :5], states[2, :, :, :5], allowed, 0.25)
 
 
 def test_padding_that_is_unmasked_later_is_refused_by_its_positions():

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from layer_pages import LayerPages
 from links import MEMORY
-from padding import kept_of, masked_positions
+from padding import kept_of, read_padding
 from page_selectors import Quest
 from page_store import ThreadTransport
 from recorder import Recorder
@@ -61,8 +61,10 @@ class PagesAgainstTensors(RuleBasedStateMachine):
     def n_rows(self) -> int:
         return self.states.shape[1]
 
-    def masked(self) -> list[list[int]] | None:
-        return None if self.mask.all() else masked_positions(self.mask[:, None, None, :])
+    def padding(self, past):
+        """`(past, new)` of the rows' masked positions, as the layer is given them."""
+        found = read_padding(self.mask[:, None, None, :], past)
+        return (None, None) if found is None else (found.past, found.new)
 
     @rule(length=st.integers(1, 13), data=st.data())
     def append(self, length, data):
@@ -72,7 +74,7 @@ class PagesAgainstTensors(RuleBasedStateMachine):
             cells = st.lists(st.booleans(), min_size=mask.numel(), max_size=mask.numel())
             mask = torch.tensor(data.draw(cells, label="mask")).reshape(mask.shape)
         self.mask = torch.cat([self.mask, mask], dim=1)
-        self.pages.append(new[0], new[1], self.masked())
+        self.pages.append(new[0], new[1], self.padding(self.mask.shape[1] - length)[1])
         self.states = torch.cat([self.states, new], dim=3)
 
     @rule(share=st.floats(0, 1))
@@ -108,7 +110,7 @@ class PagesAgainstTensors(RuleBasedStateMachine):
         """Positions that were stored and are masked now, as when a padded context was written without its mask."""
         position = data.draw(st.integers(0, self.mask.shape[1] - 1))
         self.mask[:, position] = False
-        self.pages.agree_with(self.masked())
+        self.pages.agree_with(self.padding(self.mask.shape[1])[0])
 
     @rule()
     def clear(self):

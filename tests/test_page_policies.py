@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from page_policies import NothingToEvict
+from page_table import PageTable
 from registry import POLICIES
 
 # Those that can be modelled by the times and number of a page's uses, so that asking for a victim changes nothing.
@@ -607,3 +608,20 @@ def test_smoothing_that_would_learn_nothing_is_refused(smoothing):
 
 def test_only_the_policy_that_ranks_by_attention_asks_to_be_told_of_it():
     assert [name for name in POLICIES if getattr(POLICIES.load(name), "needs_mass", False)] == ["attention"]
+
+
+@pytest.mark.parametrize("name", ["attention", "s3fifo"])
+def test_what_was_cropped_away_is_forgotten_also_where_it_was_not_resident(name):
+    """A page with the number of one that is gone is new."""
+    cropped, fresh = (PageTable(3, 1, POLICIES.create(name)) for _ in range(2))
+    for page in range(6):
+        cropped.open(page, ())
+        if name == "attention":
+            cropped.policy.observe({page: 0.1 * page})
+    cropped.truncate(0)
+    for table in (cropped, fresh):
+        for page in range(3):
+            table.open(page, ())
+        if name == "attention":
+            table.policy.observe({1: 0.5})
+    assert cropped.policy == fresh.policy

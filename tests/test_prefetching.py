@@ -165,12 +165,51 @@ def test_every_way_of_generating_gives_the_tokens_of_transformers_own_cache(llam
     assert cache.recorder.snapshot("decode")["prefetch_issued"] > 0
 
 
-def test_a_predictor_that_raises_ends_the_generation_with_its_own_error(llama, monkeypatch):
+@pytest.mark.parametrize("predictor", PREDICTOR_CHOICES)
+def test_a_prompt_of_one_token_is_a_decode_step_before_the_next_layer_has_pages(llama, predictor):
+    prompt = make_prompt(1)
+    tokens, _ = prefetched_tokens(llama, prompt, predictor=predictor, new_tokens=60)
+    assert torch.equal(tokens, continue_prompt(llama, prompt, 60))
+
+
+def test_what_a_row_wants_now_goes_before_what_another_may_want_next(llama, monkeypatch):
+    """Copies are first come, first served: in a layer, no page is copied ahead before the last row has asked."""
+    order = []
+    original = PagedSequence.prefetch, PagedSequence.resolve
+
+    def prefetch(sequence, ranked, limit):
+        order.append(("ahead", sequence.layer_idx, sequence.lane))
+        return original[0](sequence, ranked, limit)
+
+    def resolve(sequence, *given):
+        order.append(("now", sequence.layer_idx, sequence.lane))
+        return original[1](sequence, *given)
+
+    monkeypatch.setattr(PagedSequence, "prefetch", prefetch)
+    monkeypatch.setattr(PagedSequence, "resolve", resolve)
+    prefetched_tokens(llama, make_prompt(40, batch=2), predictor="layer_ahead", new_tokens=4)
+    ahead_of_the_second_layer = order.index(("ahead", 1, 0))
+    assert order[ahead_of_the_second_layer - 2 : ahead_of_the_second_layer] == [("now", 0, 0), ("now", 0, 1)]
+    assert order.count(("ahead", 1, 0)) == order.count(("ahead", 1, 1)) == 3
+
+
+def test_pages_on_their_way_to_a_beam_that_is_dropped_are_wasted(llama):
+    cache = PrefetchingKVCache(llama.config, **SMALL, prefetch_k=2, predictor="layer_ahead")
+    with cache.attached(llama):
+        continue_prompt(llama, make_prompt(120), past_key_values=cache, num_beams=4)
+    decode = cache.recorder.snapshot("decode")
+    used = decode["prefetch_on_time"] + decode["prefetch_late"]
+    still_staged = sum(len(one.table.staged) for layer in cache.paged_layers for one in layer.pages.sequences)
+    assert decode["prefetch_wasted"] > 0
+    assert decode["prefetch_issued"] == used + decode["prefetch_wasted"] + still_staged
+
+
+def test_a_predictor_that_raises_ends_the_generation_with_its_name(llama, monkeypatch):
     def broken(self, layer, step):
         raise ZeroDivisionError("no forecast today")
 
     monkeypatch.setattr(LayerAhead, "predict", broken)
-    with pytest.raises(ZeroDivisionError, match="no forecast today"):
+    with pytest.raises(RuntimeError, match="predictor 'layer_ahead' failed: ZeroDivisionError: no forecast today"):
         prefetched_tokens(llama, make_prompt(100))
 
 
