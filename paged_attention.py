@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 NEGATIVE_INFINITY = float("-inf")
+MAX_SCORES = 2**24  # that plain attention holds at a time: 64 MiB in float32, a few times over
 
 
 @dataclass
@@ -115,13 +116,33 @@ def _cuda_efficient(query, key, value, scale, causal, allowed):
 
 
 def plain_attention_with_lse(query, key, value, scale, causal, allowed, softcap=None):
-    """The definition of attention, in float32; the reference for the fused kernels and the fallback where none fits."""
+    """The definition of attention, in float32; the reference for the fused kernels and the fallback where none fits.
+
+    The scores of all queries at once would take far more memory than keys and values do, so a long prompt's queries
+    are taken some at a time.
+    """
     key, value = _repeat_heads(query, key, value)
+    length = query.shape[2]
+    per_block = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    blocks = []
+    for start in range(0, length, per_block):
+        rows = slice(start, min(start + per_block, length))
+        seen = allowed
+        if causal:
+            seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[rows]
+        elif allowed is not None and allowed.shape[2] > 1:
+            seen = allowed[:, :, rows]
+        blocks.append(_plain_block(query[:, :, rows], key, value, scale, seen, softcap))
+    if len(blocks) == 1:
+        return blocks[0]
+    outs, lses = zip(*blocks, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _plain_block(query, key, value, scale, allowed, softcap):
     scores = (query.float() @ key.float().transpose(-1, -2)) * scale  # [N, H, T, S]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if allowed is not None:
         scores = scores.masked_fill(~allowed, NEGATIVE_INFINITY)
     lse = torch.logsumexp(scores, dim=-1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import paged_attention
 from paged_attention import (
     Partial,
     attend_pages,
@@ -165,6 +166,19 @@ def test_sinks_take_their_share_of_the_softmax_and_give_nothing_for_it(heads):
 
 
 # --- heads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_queries_taken_some_at_a_time_attend_as_all_at_once(monkeypatch, causal, softcap):
+    query, key, value = states(2, (4, 2), 13, 13, 8)
+    for allowed in [None] if causal else [None, draw(2, 1, 13, 13) > 0, draw(2, 1, 1, 13) > 0]:
+        whole = paged_attention.plain_attention_with_lse(query, key, value, 0.3, causal, allowed, softcap)
+        with monkeypatch.context() as small:
+            small.setattr(paged_attention, "MAX_SCORES", 2 * 4 * 13 * 5)  # five queries, so three blocks
+            parts = paged_attention.plain_attention_with_lse(query, key, value, 0.3, causal, allowed, softcap)
+        for one, other in zip(whole, parts, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
