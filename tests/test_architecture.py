@@ -40,6 +40,7 @@ LAYERS = (
     "stage_clock",
     "page_selection",
     "paged_attention",
+    "page_heatmap",
     "run_plots",
     "plots",
     "reporting",
