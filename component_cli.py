@@ -2,6 +2,7 @@
 
     python inference_baseline.py     --prompts "…" "…" | --find-max-context | a prompt of --context-length tokens
     python -m kv_paging              a paged generation beside the same one with transformers' own cache
+    python -m kv_paging --compare-policies    the same with every replacement policy, in one table
     python -m predictive_prefetch    the same, with pages copied ahead
 
 A `--config` file holds one experiment with the keys of the YAML list; a flag that is given overrides its key, and a
@@ -21,20 +22,29 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from component_tables import choice_text, figures_table, policies_table
 from experiments import MODE_CLASSES, Experiment, load_experiment, override
 from generation import HFCache, generate
-from metrics import RunResult, spread
+from host_pages import DiskTierFailed
+from metrics import RunResult
 from models import LoadedModel, ModelUnavailable, load_model
+from page_heatmap import draw_page_heatmap
 from planning import fit_positions
-from run_specs import RunSpec, expand
+from registry import POLICIES
+from run_specs import RunSpec, expand, is_exact
 from utils import is_out_of_memory, write_json
 from workloads import TokenRows, encode_prompts, prompt_tokens
 
 log = logging.getLogger(__name__)
 
 DEMONSTRATION = {"context_lengths": [1000], "num_runs": 1, "max_new_tokens": 50, "page_size": 128, "max_gpu_pages": 4}
+DEFAULT_FRACTION = 0.25
+LINK_LATENCY_US = 10.0
+WHY_QUEST = (
+    "Exact attention wants every page at every step, and then all policies move nearly the same pages; so quest was"
+    " taken, with a part of the pages. --selector chooses another."
+)
 FLAG_KEYS = {
     "model": "model_name",
     "quantization": "quantization",
@@ -61,17 +71,25 @@ def component_parser(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def starting_experiment(arguments: argparse.Namespace, mode: str) -> Experiment:
+    """The experiment that flags then override: the file, or the demonstration's defaults.
+
+    Raises:
+        ConfigError: the file is wrong.
+    """
+    if arguments.config is not None:
+        return load_experiment(arguments.config, mode)
+    known = MODE_CLASSES[mode].model_fields
+    return MODE_CLASSES[mode](mode=mode, **{key: value for key, value in DEMONSTRATION.items() if key in known})
+
+
 def experiment_of(arguments: argparse.Namespace, mode: str, **more: Any) -> Experiment:
     """The experiment that a command line describes: the file, or the demonstration's defaults, under the flags.
 
     Raises:
         ConfigError: the file or a flag is wrong.
     """
-    if arguments.config is not None:
-        experiment = load_experiment(arguments.config, mode)
-    else:
-        known = MODE_CLASSES[mode].model_fields
-        experiment = MODE_CLASSES[mode](mode=mode, **{k: v for k, v in DEMONSTRATION.items() if k in known})
+    experiment = starting_experiment(arguments, mode)
     given = {key: getattr(arguments, flag) for flag, key in FLAG_KEYS.items() if getattr(arguments, flag) is not None}
     if arguments.context_length is not None:
         given["context_lengths"] = [arguments.context_length]
@@ -98,26 +116,39 @@ def fitted_spec(spec: RunSpec, model: LoadedModel) -> RunSpec:
     return spec
 
 
-def check_writable(output: Path | None) -> None:
+def check_writable(output: Path | None, flag: str = "--output") -> None:
     """Find out before the run, rather than after it, that its results have no place to go.
 
     Raises:
-        ValueError: `output` is a folder, or lies under something that is none.
+        ValueError: `output` is a folder or must not be replaced, or lies under something that is no folder.
     """
     if output is None:
         return
     if output.is_dir():
-        raise ValueError(f"--output {output} is a folder; name a file")
+        raise ValueError(f"{flag} {output} is a folder; name a file")
+    if output.exists() and not os.access(output, os.W_OK):
+        raise ValueError(f"{flag} {output}: there is such a file, and it cannot be written to")
     existing = next(folder for folder in output.absolute().parents if folder.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"--output {output}: cannot write to {existing}")
+        raise ValueError(f"{flag} {output}: cannot write to {existing}")
+
+
+def check_heat_map(path: Path | None) -> None:
+    """The same for a heat map, which is always a PNG.
+
+    Raises:
+        ValueError: it cannot be written, or is named like something else.
+    """
+    if path is not None and path.suffix.lower() != ".png":
+        raise ValueError(f"--heat-map {path}: a heat map is a PNG; name a file that ends in .png")
+    check_writable(path, "--heat-map")
 
 
 def guarded(command: Callable[[], int]) -> int:
     """Run a command; what a user can mend is one clear message and exit code 2, full memory is 1, Ctrl-C is 130."""
     try:
         return command()
-    except (ModelUnavailable, ValueError) as error:  # ConfigError and CannotPage are ValueErrors
+    except (ModelUnavailable, DiskTierFailed, ValueError) as error:  # ConfigError and CannotPage are ValueErrors
         print(error, file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
@@ -133,31 +164,131 @@ def guarded(command: Callable[[], int]) -> int:
 def demonstrate(mode: str, run: Callable[..., RunResult], argv: Sequence[str] | None, module: str) -> int:
     """The demonstration of a paged mode: generate with transformers' cache, then with pages, and compare."""
     parser = component_parser(f"python -m {module}", f"Generate with a {mode} paged KV cache and show what it did.")
-    parser.add_argument("--max-gpu-pages", type=int, metavar="N", help="pages on the device, per layer")
-    parser.add_argument("--page-size", type=int, metavar="N", help="positions in a page")
-    parser.add_argument("--policy", metavar="P", help="which page to evict")
+    _add_paging_flags(parser)
+    parser.add_argument("--heat-map", type=Path, metavar="FILE.png", help="draw which pages were attended and resident")
     if mode == "predictive":
         parser.add_argument("--predictor", metavar="P", help="which pages to copy ahead")
         parser.add_argument("--prefetch-k", type=int, metavar="N", help="pages to copy ahead for one layer")
+    else:
+        parser.add_argument("--compare-policies", action="store_true", help="run every policy and show one table")
     arguments = parser.parse_args(argv)
+    comparing = getattr(arguments, "compare_policies", False)
+    if comparing and arguments.heat_map is not None:
+        parser.error("--heat-map draws one run; leave out --compare-policies, and choose one with --policy")
     configure_logging(arguments.verbose)
-    return guarded(lambda: _demonstrate(mode, run, arguments))
+    return guarded(lambda: (_compare_policies if comparing else _demonstrate)(mode, run, arguments))
+
+
+def _add_paging_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags named like their keys. Their values are judged as those of a file are, so none is limited here."""
+    pages = parser.add_argument_group("paging; page counts are per layer and sequence")
+    pages.add_argument("--page-size", type=int, metavar="N", help="positions in a page")
+    pages.add_argument("--max-gpu-pages", type=int, metavar="N", help="pages on the device")
+    pages.add_argument("--staging-pages", type=int, metavar="N", help="slots on top of that, for pages on their way")
+    pages.add_argument("--policy", metavar="P", help="which page to evict")
+    pages.add_argument("--access-order", metavar="O", help="resident_first or position")
+    pages.add_argument("--host-pages", type=int, metavar="N", help="pages in host memory; later ones go to disk")
+    pages.add_argument("--disk-dir", metavar="DIR", help="folder for those on disk")
+    pages.add_argument("--link", type=_link_choice, metavar="L", help="on a CPU: a preset, memory, or a number of GB/s")
+    reads = parser.add_argument_group("which pages a decode step attends to")
+    reads.add_argument("--selector", metavar="S", help="all is exact; any other reads a part, such as quest")
+    reads.add_argument("--attention-pages", type=int, metavar="N", help="how many pages")
+    reads.add_argument("--attention-fraction", type=float, metavar="F", help="which share of them, such as 0.25")
+    reads.add_argument("--granularity", metavar="G", help="layer, or kv_head: each key/value head chooses its own")
+    reads.add_argument("--dense-layers", type=int, metavar="N", help="first layers that attend to every page")
+
+
+PAGING_FLAGS = (
+    *("page_size", "max_gpu_pages", "staging_pages", "policy", "access_order", "host_pages", "disk_dir", "link"),
+    *("selector", "attention_pages", "attention_fraction", "granularity", "dense_layers", "predictor", "prefetch_k"),
+)
+
+
+def _link_choice(text: str) -> str | dict[str, float]:
+    """A preset's name as it stands; a number is the bandwidth of a link with the latency of the presets."""
+    try:
+        return {"bandwidth_gb_s": float(text), "latency_us": LINK_LATENCY_US}
+    except ValueError:
+        return text
+
+
+def _paged_specs(arguments: argparse.Namespace, mode: str, **more: Any) -> list[RunSpec]:
+    """The runs of a paged mode. A selector from the command line that nobody gave a number of pages gets a share."""
+    given = {flag: getattr(arguments, flag, None) for flag in PAGING_FLAGS} | more
+    start = starting_experiment(arguments, mode)
+    sized = any(
+        value is not None
+        for key in ("attention_pages", "attention_fraction")
+        for value in (given[key], getattr(start, key))
+    )
+    if given["selector"] is None or is_exact(given["selector"]) or sized:
+        return component_specs(arguments, mode, **given)
+    specs = component_specs(arguments, mode, **given | {"attention_fraction": DEFAULT_FRACTION})
+    if arguments.selector is not None:
+        print(
+            f"--selector {arguments.selector}: attending to {DEFAULT_FRACTION:.0%} of the pages at each step;"
+            " --attention-fraction or --attention-pages changes that",
+            file=sys.stderr,
+        )
+    return specs
 
 
 def _demonstrate(mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
-    own_flags = ("max_gpu_pages", "page_size", "policy", "predictor", "prefetch_k")
-    specs = component_specs(arguments, mode, **{flag: getattr(arguments, flag, None) for flag in own_flags})
-    model, results = load_for(specs[0]), []
+    check_heat_map(arguments.heat_map)
+    specs = _paged_specs(arguments, mode, record_pages=True if arguments.heat_map else None)
+    model = load_for(specs[0])
+    results = _measured_beside_hf([fitted_spec(spec, model) for spec in specs], model, run)
+    show_and_write(results, arguments.output)
+    if arguments.heat_map is not None:
+        if len(results) > 1:
+            print(f"--heat-map draws the first of {len(results)} runs", file=sys.stderr)
+        draw_page_heatmap(results[0].cache["requests"], arguments.heat_map, _heat_map_title(specs[0], results[0]))
+    return 0
+
+
+def _heat_map_title(spec: RunSpec, result: RunResult) -> str:
+    paging, cache = spec.paging, result.cache
+    seen = f"{choice_text(paging.selector)} attends to {cache['attended_pages']:,} of {cache['n_pages']:,} pages"
+    kept = f"{choice_text(paging.policy)} keeps {paging.max_gpu_pages:,} on the device"
+    return f"{spec.model_name}, {result.context['tokens']:,} tokens in pages of {paging.page_size:,}: {seen}, {kept}"
+
+
+def _compare_policies(mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
+    """Every run of the command once with each policy; a table for each context length."""
+    check_writable(arguments.output)
+    undecided = arguments.selector is None and "selector" not in starting_experiment(arguments, mode).model_fields_set
+    specs = _paged_specs(arguments, mode, **({"selector": "quest"} if undecided else {}))
+    model = load_for(specs[0])
+    fitted = [fitted_spec(spec, model) for spec in specs]
+    results = _measured_beside_hf([each for spec in fitted for each in _with_each_policy(spec)], model, run)
+    console = Console(highlight=False, markup=False)
+    for _, of_one_context in groupby(results, key=lambda result: result.context["tokens"]):
+        by_policy: dict[str, list[RunResult]] = {}
+        for result in of_one_context:
+            by_policy.setdefault(choice_text(result.spec["paging"]["policy"]), []).append(result)
+        console.print(policies_table(by_policy, WHY_QUEST if undecided else ""))
+    if arguments.output is not None:
+        write_json(arguments.output, [result.to_dict() for result in results])
+    return 0
+
+
+def _with_each_policy(spec: RunSpec) -> list[RunSpec]:
+    """The run with every registered policy, and with the chosen one where it is another or has parameters."""
+    choices = [*POLICIES, *([] if spec.paging.policy in POLICIES else [spec.paging.policy])]
+    return [replace(spec, paging=replace(spec.paging, policy=choice)) for choice in choices]
+
+
+def _measured_beside_hf(specs: Sequence[RunSpec], model: LoadedModel, run: Callable[..., RunResult]) -> list[RunResult]:
+    """Measure each run, and compare its tokens with those of transformers' cache for the same prompt."""
     references: dict[tuple, TokenRows] = {}
+    results = []
     for spec in specs:
-        spec = fitted_spec(spec, model)
         prompt = prompt_tokens(model.tokenizer, model.shape.vocab_size, spec.context_length, spec.batch_size, spec.seed)
         if spec.reference_key not in references:
             references[spec.reference_key] = _reference_tokens(spec, model, prompt)
         results.append(run(spec, model, reference=references[spec.reference_key], prompt=prompt))
-    show_and_write(results, arguments.output)
-    return 0
+    return results
 
 
 def _reference_tokens(spec: RunSpec, model: LoadedModel, prompt: TokenRows) -> TokenRows:
@@ -177,108 +308,10 @@ def show_and_write(results: Sequence[RunResult], output: Path | None) -> None:
 
 def show_repetitions(results: Sequence[RunResult], console: Console) -> None:
     """Print the text of the first repetition, and the figures of all of them."""
-    first = results[0]
-    for row, text in enumerate(first.tokens["text"] or []):
+    for row, text in enumerate(results[0].tokens["text"] or []):
         console.rule(f"generated text, sequence {row}", align="left")
         console.print(text.strip())
-    runs = f", mean ± std of {len(results)} runs" if len(results) > 1 else ""
-    title = f"{first.spec['mode']}, {first.context['tokens']} tokens of context{runs}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, values in zip(FIGURES, zip(*map(figures_of, results), strict=True), strict=True):
-        if (text := _summary(values)) is not None:
-            table.add_row(name, text)
-    console.print(table)
-
-
-def _summary(values: Sequence[Any]) -> str | None:
-    """One cell: mean and spread of numbers, else the values that occur; None if nothing is there."""
-    present = [value for value in values if value is not None]
-    if not present:
-        return None
-    if not all(isinstance(value, int | float) for value in present):
-        return ", ".join(dict.fromkeys(map(str, present)))
-    if len(set(present)) == 1:
-        return f"{present[0]:,}" if isinstance(present[0], int) else f"{present[0]:,.2f}"
-    figures = spread(present)
-    return f"{figures['mean']:,.2f} ± {figures['std']:,.2f}"
-
-
-FIGURES = (
-    "tokens equal to HF's",
-    "time to first token, ms",
-    "time per output token, ms",
-    "total, ms",
-    "tokens per second, all sequences",
-    "GPU memory allocated, MiB",
-    "GPU memory peak, MiB",
-    "GPU memory delta, MiB",
-    "process memory (RSS), MiB",
-    "KV cache on the device, MiB",
-    "KV cache on the host, MiB",
-    "pages",
-    "hit rate, %",
-    "hits / late / misses",
-    "evictions",
-    "to the device, MiB",
-    "link",
-    "stall, ms",
-    "stall, % of decode",
-    "prefetches issued",
-    "prefetches on time / late / wasted",
-    "prediction accuracy, %",
-    "prefetch coverage, %",
-)
-
-
-def figures_of(result: RunResult) -> tuple[Any, ...]:
-    """What a reader asks of one result, in the order of `FIGURES`; None where it is missing."""
-    timing, memory, cache, prefetch = result.timing, result.memory, result.cache or {}, result.prefetch or {}
-    return (
-        {True: "yes", False: "NO"}.get(result.quality["matches_baseline"]),
-        timing["ttft_ms"],
-        timing["tpot_ms"],
-        timing["e2e_ms"],
-        timing["batch_tokens_per_second"],
-        memory["gpu_memory_mb"],
-        memory["gpu_peak_mb"],
-        memory["gpu_delta_mb"],
-        memory["rss_mb"],
-        _mebibytes(memory["device_kv_bytes"]),
-        _mebibytes(memory["host_kv_bytes"]),
-        cache.get("n_pages"),
-        _percent(cache.get("hit_rate")),
-        _joined(cache, "hits", "late", "misses"),
-        cache.get("evictions"),
-        _mebibytes(cache.get("h2d_bytes")),
-        _link_text(cache.get("link")),
-        cache.get("stall_ms"),
-        cache.get("stall_percent"),
-        prefetch.get("issued"),
-        _joined(prefetch, "on_time", "late", "wasted"),
-        _percent(prefetch.get("accuracy")),
-        _percent(prefetch.get("coverage")),
-    )
-
-
-def _link_text(link: dict[str, Any] | None) -> str | None:
-    if link is None:
-        return None
-    width = f", {link['bandwidth_gb_s']:g} GB/s" if link["bandwidth_gb_s"] else ""
-    return f"{link['kind']} {link['name']}{width}" if link["name"] != link["kind"] else f"{link['kind']}{width}"
-
-
-def _mebibytes(n_bytes: int | None) -> float | None:
-    return None if n_bytes is None else n_bytes / 2**20
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100.0 * share
-
-
-def _joined(block: dict[str, Any], *names: str) -> str | None:
-    return " / ".join(f"{block[name]:,}" for name in names) if block else None
+    console.print(figures_table(results))
 
 
 def padded_prompts(model: LoadedModel, prompts: Sequence[str]) -> tuple[TokenRows, TokenRows]:

@@ -26,6 +26,7 @@ LAYERS = (
     "kv_paging",
     "inference_baseline",
     "component_cli",
+    "component_tables",
     "max_context",
     "generation",
     "device_meters",

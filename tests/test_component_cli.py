@@ -18,6 +18,7 @@ import predictive_prefetch
 from experiments import load_experiment
 from metrics import RunResult
 from planning import plan
+from registry import POLICIES
 from run_specs import expand
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -34,6 +35,10 @@ BLOCKS = RunResult(spec={}, run_id="").to_dict().keys()
 
 def component(mode, *arguments):
     return COMPONENTS[mode].main([str(argument) for argument in arguments])
+
+
+def load_nothing(*names, **how):
+    raise AssertionError("the model was loaded")
 
 
 def shown(text):
@@ -111,15 +116,25 @@ def test_all_contexts_and_repetitions_of_a_config_are_run_and_those_of_one_conte
         ("--dtype", "bfloat16", "dtype"),
         ("--max-new-tokens", 3, "max_new_tokens"),
         ("--context-length", 33, "context_length"),
+        ("--staging-pages", 7, "staging_pages"),
+        ("--access-order", "position", "access_order"),
+        ("--host-pages", 1, "host_pages"),
+        ("--link", "memory", "link"),
+        ("--selector", "window", "selector"),
+        ("--attention-fraction", 0.75, "attention_fraction"),
+        ("--granularity", "kv_head", "granularity"),
+        ("--dense-layers", 1, "dense_layers"),
     ],
 )
 def test_a_flag_overrides_its_key_of_the_config_and_nothing_else(flag, value, key, tmp_path, capsys):
     keys = {"context_lengths": [40], "max_new_tokens": 4, "page_size": 16, "max_gpu_pages": 4, "num_runs": 1}
+    keys |= {"selector": "quest", "attention_fraction": 0.5}
     config, output = tmp_path / "config.json", tmp_path / "result.json"
     config.write_text(json.dumps(keys))
     specs = []
     for flags in ([], [flag, value]):
         assert component("predictive", *LLAMA, "--config", config, "--output", output, *flags) == 0
+        assert capsys.readouterr().err == ""
         specs.append(json.loads(output.read_text())["spec"])
     plain, overridden = (flat(spec) for spec in specs)
     changed = {name for name in plain if plain[name] != overridden[name]}
@@ -130,6 +145,191 @@ def test_a_flag_overrides_its_key_of_the_config_and_nothing_else(flag, value, ke
 def flat(spec):
     """A spec with the keys of its blocks among its own."""
     return spec | spec["paging"] | spec["prefetch"] | {"paging": None, "prefetch": None}
+
+
+# --- what a decode step attends to --------------------------------------------------------------------------
+
+
+def test_a_selector_without_a_number_of_pages_reads_a_quarter_and_says_so(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    assert component("reactive", *SMALL, "--page-size", 8, "--selector", "quest", "--output", output) == 0
+    printed = capsys.readouterr()
+    (hint,) = printed.err.splitlines()
+    assert "25%" in hint
+    assert "--attention-fraction" in hint
+    paging = json.loads(output.read_text())["spec"]["paging"]
+    assert (paging["selector"], paging["attention_fraction"], paging["attention_pages"]) == ("quest", 0.25, None)
+    figures = shown(printed.out)
+    assert figures["selector"] == "quest"
+    assert figures["pages attended to per step"] == "4 of 14"  # a quarter of the pages of 105 positions, rounded up
+
+
+@pytest.mark.parametrize("flags", [["--attention-pages", 5], ["--attention-fraction", 0.5]])
+def test_a_number_of_pages_that_is_given_is_taken_without_a_word(flags, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    flags = [*flags, "--page-size", 8, "--granularity", "kv_head", "--dense-layers", 1]
+    assert component("reactive", *SMALL, "--selector", "quest", *flags, "--output", output) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    paging = json.loads(output.read_text())["spec"]["paging"]
+    key = flags[0].removeprefix("--").replace("-", "_")
+    assert paging[key] == flags[1]
+    assert shown(printed.out)["selector"] == "quest, kv_head, dense_layers=1"
+
+
+def test_a_selector_over_a_file_that_has_none_gets_the_quarter_too(tmp_path, capsys):
+    config, output = tmp_path / "config.json", tmp_path / "result.json"
+    config.write_text(json.dumps({"context_lengths": [40], "max_new_tokens": 4, "num_runs": 1, "page_size": 8}))
+    flags = ["--config", config, "--selector", "window", "--output", output]
+    assert component("reactive", *LLAMA, *flags) == 0
+    assert "--selector window" in capsys.readouterr().err
+    assert json.loads(output.read_text())["spec"]["paging"]["attention_fraction"] == 0.25
+
+
+def test_a_number_given_as_the_link_is_its_bandwidth(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    assert component("reactive", *SMALL, "--link", "1.5", "--output", output) == 0
+    link = json.loads(output.read_text())["spec"]["paging"]["link"]
+    assert link == {"bandwidth_gb_s": 1.5, "latency_us": 10.0}
+    assert shown(capsys.readouterr().out)["link"] == "simulated custom, 1.5 GB/s"
+
+
+def test_rows_of_what_a_run_does_not_have_are_left_out(tmp_path, capsys):
+    assert component("reactive", *SMALL, "--page-size", 8) == 0
+    exact = shown(capsys.readouterr().out)
+    assert exact.keys().isdisjoint({"selector", "digests of pages, MiB", "KV cache on disk, MiB"})
+    assert exact["pages attended to per step"] == "14 of 14"
+    flags = ["--selector", "quest", "--attention-pages", 4, "--host-pages", 3, "--disk-dir", tmp_path]
+    assert component("reactive", *SMALL, "--page-size", 8, *flags) == 0
+    sparse = shown(capsys.readouterr().out)
+    assert float(sparse["digests of pages, MiB"]) > 0
+    assert float(sparse["KV cache on disk, MiB"]) > 0
+    assert sparse["pages attended to per step"] == "4 of 14"
+
+
+def test_stages_of_a_step_are_shown_per_token(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    assert component("reactive", *SMALL, "--page-size", 8, "--output", output) == 0
+    figures, written = shown(capsys.readouterr().out), json.loads(output.read_text())
+    n_steps = 5  # of 6 new tokens, the prompt gives the first
+    for name, stage in (
+        ("- selecting pages, ms per token", "select_ms"),
+        ("- waiting for pages, ms per token", "wait_ms"),
+        ("- asking for copies, ms per token", "copy_ms"),
+        ("- attention over pages, ms per token", "attend_ms"),
+    ):
+        assert figures[name] == f"{written['cache']['stages'][stage] / n_steps:,.2f}"
+    assert figures["hit rate of plain LRU, %"] == f"{100 * written['cache']['shadow_lru_hit_rate']:.2f}"
+    assert figures["time per output token, of its floor"] == f"{written['cache']['floor']['tpot_over_floor']:,.2f}"
+
+
+def test_other_tokens_from_an_approximation_are_said_to_be_that(capsys, monkeypatch):
+    monkeypatch.setattr(component_cli, "_reference_tokens", lambda *arguments: [[-1] * 6])
+    assert component("reactive", *SMALL, "--selector", "quest", "--attention-pages", 2) == 0
+    assert "no: first differs at token 0" in shown(capsys.readouterr().out)["tokens equal to HF's"]
+
+
+# --- policies side by side ----------------------------------------------------------------------------------
+
+COMPARED = [*SMALL, "--page-size", 8, "--max-gpu-pages", 4, "--compare-policies"]
+
+
+def policy_rows(text):
+    """The rows of the printed table, by policy; its cells hold no spaces but that of `token 3`."""
+    rows = [line.replace("token ", "token-").split() for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) == 9 and row[0] in POLICIES}
+
+
+def test_every_policy_is_run_on_the_same_prompt_and_shown_in_one_table(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    assert component("reactive", *COMPARED, "--output", output) == 0
+    printed = capsys.readouterr().out
+    written = {result["spec"]["paging"]["policy"]: result for result in json.loads(output.read_text())}
+    assert set(written) == set(POLICIES)
+    assert len({result["context"]["prompt_sha256"] for result in written.values()}) == 1
+    assert len({result["tokens"]["sha256"] for result in written.values()}) == 1
+    assert "All policies gave the same tokens" in printed
+    rows = policy_rows(printed)
+    assert set(rows) == set(POLICIES)
+    for policy, row in rows.items():
+        cache, quality = written[policy]["cache"], written[policy]["quality"]
+        assert row[0] == f"{100 * cache['hit_rate']:.2f}"
+        assert row[1] == rows["lru"][0]  # the same requests, so plain LRU hits what the policy lru did
+        assert row[2:4] == [f"{cache['misses']}", f"{cache['evictions']}"]
+        differs = "never" if quality["matches_baseline"] else f"token-{quality['first_divergent_token']}"
+        assert row[-1] == differs
+    rates = [float(row[0]) for row in rows.values()]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_policies_are_compared_under_quest_where_nobody_chose_a_selector(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    assert component("reactive", *COMPARED, "--output", output) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "Exact attention wants every page" in " ".join(printed.out.split())
+    paging = json.loads(output.read_text())[0]["spec"]["paging"]
+    assert (paging["selector"], paging["attention_fraction"]) == ("quest", 0.25)
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_policies_are_compared_under_the_selector_that_was_chosen(in_file, tmp_path, capsys):
+    config, output = tmp_path / "config.json", tmp_path / "results.json"
+    config.write_text(json.dumps({"selector": "all"} if in_file else {}))
+    flags = ["--config", config, *([] if in_file else ["--selector", "all"])]
+    assert component("reactive", *COMPARED, *flags, "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert "selector all" in printed
+    assert "quest was taken" not in " ".join(printed.split())
+    assert {row[-1] for row in policy_rows(printed).values()} == {"never"}
+    assert {result["spec"]["paging"]["selector"] for result in json.loads(output.read_text())} == {"all"}
+
+
+def test_a_policy_with_parameters_is_compared_beside_the_registered_ones(tmp_path, capsys):
+    config, output = tmp_path / "config.json", tmp_path / "results.json"
+    config.write_text(json.dumps({"policy": {"name": "s3fifo", "small_fraction": 0.5}, "num_runs": 2}))
+    assert component("reactive", *COMPARED, "--config", config, "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert "(small" in printed
+    assert "means of 2 runs" in " ".join(printed.split())
+    assert len(json.loads(output.read_text())) == 2 * (len(list(POLICIES)) + 1)
+
+
+def test_policies_that_do_not_agree_on_the_tokens_are_named_loudly(capsys, monkeypatch):
+    def meddling(spec, model, **how):
+        result = real_run(spec, model, **how)
+        if spec.paging.policy == "fifo":
+            result.tokens["ids"][0][0] ^= 1
+        return result
+
+    real_run = kv_paging.run
+    monkeypatch.setattr(kv_paging, "run", meddling)
+    assert component("reactive", *COMPARED) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "NOT THE SAME TOKENS FROM fifo AS FROM lru" in printed
+    assert "All policies gave the same tokens" not in printed
+
+
+# --- heat maps ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", PAGED)
+def test_a_heat_map_is_drawn_from_the_requests_of_the_run(mode, tmp_path, capsys):
+    path, output = tmp_path / "new" / "pages.png", tmp_path / "result.json"
+    flags = ["--page-size", 8, "--max-gpu-pages", 4, "--heat-map", path, "--output", output]
+    assert component(mode, *SMALL, *flags) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(output.read_text())
+    assert written["spec"]["paging"]["record_pages"]
+    assert len(written["cache"]["requests"]) == 3 * 5  # layers, decode steps
+
+
+def test_of_several_runs_the_first_is_drawn_and_that_is_said(tmp_path, capsys):
+    config, path = tmp_path / "config.json", tmp_path / "pages.png"
+    config.write_text(json.dumps({"context_lengths": [40, 60], "num_runs": 1, "max_new_tokens": 4}))
+    assert component("reactive", *LLAMA, "--config", config, "--heat-map", path) == 0
+    assert capsys.readouterr().err == "--heat-map draws the first of 2 runs\n"
+    assert path.exists()
 
 
 # --- the baseline -------------------------------------------------------------------------------------------
@@ -253,6 +453,10 @@ def test_there_are_the_five_configs_that_are_promised():
         ("baseline", ["--page-size", "16"], "unrecognized arguments: --page-size 16"),
         ("reactive", ["--predictor", "none"], "unrecognized arguments: --predictor none"),
         ("predictive", ["--prompts", "hello"], "unrecognized arguments: --prompts hello"),
+        ("predictive", ["--compare-policies"], "unrecognized arguments: --compare-policies"),
+        ("baseline", ["--selector", "quest"], "unrecognized arguments: --selector quest"),
+        ("reactive", ["--attention-fraction", "half"], "argument --attention-fraction: invalid float value: 'half'"),
+        ("reactive", ["--compare-policies", "--heat-map", "pages.png"], "--heat-map draws one run"),
     ],
 )
 def test_a_flag_that_cannot_be_read_exits_2_and_is_named(mode, flags, message, capsys):
@@ -272,15 +476,38 @@ def test_a_flag_that_cannot_be_read_exits_2_and_is_named(mode, flags, message, c
         ("reactive", ["--max-gpu-pages", 2], "max_gpu_pages is 2"),
         ("predictive", ["--predictor", "layer_ahaed"], "did you mean 'layer_ahead'?"),
         ("predictive", ["--prefetch-k", 99], "prefetch_k is 99"),
+        ("predictive", ["--policy", "lur", "--selector", "quest"], "did you mean 'lru'?"),
+        ("reactive", ["--policy", "lur", "--compare-policies"], "did you mean 'lru'?"),
+        ("reactive", ["--selector", "qest"], "did you mean 'quest'?"),
+        ("reactive", ["--attention-pages", 4], "'attention_pages' has no effect with 'selector: all'"),
+        ("reactive", ["--selector", "quest", "--attention-fraction", 2], "attention_fraction"),
+        ("reactive", ["--selector", "quest", "--granularity", "head"], "granularity"),
+        ("reactive", ["--dense-layers", -1], "dense_layers"),
+        ("reactive", ["--staging-pages", 0], "staging_pages"),
+        ("reactive", ["--access-order", "first"], "access_order"),
+        ("reactive", ["--disk-dir", "."], "'disk_dir' has no effect without host_pages"),
+        ("reactive", ["--link", "pcie3"], "did you mean 'pcie3-x16'?"),
+        ("reactive", ["--link", "-1"], "bandwidth_gb_s"),
+        ("reactive", ["--link", "nan"], "bandwidth_gb_s"),
+        ("reactive", ["--heat-map", "pages.pdf"], "name a file that ends in .png"),
         ("baseline", ["--config", "nothing.json"], "nothing.json"),
         ("baseline", ["--config", PROJECT / "configs" / "paged_kv_config.json"], "this file is for mode reactive"),
         ("reactive", ["--config", PROJECT / "experiment_config.yaml"], "this is a list of experiments, for main.py"),
     ],
 )
-def test_a_value_that_is_wrong_exits_2_with_one_clear_line(mode, flags, message, capsys):
+def test_a_value_that_is_wrong_exits_2_with_one_clear_line_before_the_model_is_loaded(
+    mode, flags, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(component_cli, "load_model", load_nothing)
     assert component(mode, *flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_folder_for_pages_on_disk_that_is_not_there_exits_2_and_is_named(tmp_path, capsys):
+    gone = tmp_path / "gone"
+    assert component("reactive", *SMALL, "--page-size", 8, "--host-pages", 0, "--disk-dir", gone) == 2
+    assert str(gone) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", COMPONENTS)
@@ -291,14 +518,30 @@ def test_a_model_that_cannot_be_had_exits_2_with_what_was_tried(mode, capsys):
 
 @pytest.mark.parametrize("mode", COMPONENTS)
 def test_an_output_that_cannot_be_written_is_refused_before_the_run(mode, tmp_path, capsys, monkeypatch):
-    def load_nothing(*names, **how):
-        raise AssertionError("the model was loaded")
-
     monkeypatch.setattr(component_cli, "load_model", load_nothing)
     (tmp_path / "file").write_text("")
     for output in (tmp_path, tmp_path / "file" / "result.json"):
         assert component(mode, *SMALL, "--output", output) == 2
         assert str(output) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", PAGED)
+def test_a_heat_map_that_cannot_be_written_is_refused_before_the_run(mode, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(component_cli, "load_model", load_nothing)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "folder.png", tmp_path / "file" / "pages.png"):
+        assert component(mode, *SMALL, "--heat-map", path) == 2
+        assert f"--heat-map {path}" in capsys.readouterr().err
+
+
+def test_a_file_that_must_not_be_replaced_is_refused_before_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(component_cli, "load_model", load_nothing)
+    path = tmp_path / "pages.png"
+    path.write_text("")
+    monkeypatch.setattr(os, "access", lambda file, how: file != path)  # for root may write to any file
+    assert component("reactive", *SMALL, "--heat-map", path) == 2
+    assert "cannot be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", COMPONENTS)
