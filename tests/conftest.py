@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share the cores; threads of several would wait for each other
 
 TINY_LLAMA = "random:configs/models/tiny-llama.json"
 
