@@ -127,17 +127,19 @@ def choose_pages(
     wanted = torch.cat([scores[run] for run in runs]).float()
     shares = _log_shares(wanted, per_kv_head)  # [candidates, K], or [candidates, 1]
     top = shares.sort(dim=0, descending=True, stable=True).indices[:n_chosen]  # topk leaves the order of ties open
+    unranked = (wanted.isnan() | (wanted == math.inf)).any().long().unsqueeze(0)
+    if not per_kv_head:
+        *places, failed = torch.cat([top[:, 0], unranked]).tolist()
+        _require_ranked(failed)
+        return Choice(sorted(always) + [candidates[place] for place in places], None)
+
     chosen = torch.zeros_like(shares, dtype=torch.bool).scatter_(0, top, True)
     by_any = chosen.any(1)
-    # What no head chose goes last. A chosen page may be at -inf as well, but then the stable sort keeps it before those
-    # not chosen, as the earliest of equal pages were chosen.
-    best = shares.amax(1).masked_fill(~by_any, -math.inf)
+    # What no head chose goes behind all that one did, also behind a page whose share is -inf.
+    best = shares.amax(1).clamp(min=torch.finfo(shares.dtype).min).masked_fill(~by_any, -math.inf)
     order = best.sort(descending=True, stable=True).indices[: top.numel()]
-    unranked = (wanted.isnan() | (wanted == math.inf)).any()
-    *places, count, failed = torch.cat([order, torch.stack([by_any.sum(), unranked.long()])]).tolist()
-    if failed:
-        raise ValueError("a page's score is NaN or +inf: the keys or the query are, or the selector overflowed")
-
+    *places, count, failed = torch.cat([order, by_any.sum().unsqueeze(0), unranked]).tolist()
+    _require_ranked(failed)
     pages = sorted(always) + [candidates[place] for place in places[:count]]
     if count == n_chosen:
         return Choice(pages, None)
@@ -148,6 +150,11 @@ def choose_pages(
         heads[run] = chosen[start : start + length]
         start += length
     return Choice(pages, heads)
+
+
+def _require_ranked(failed: int) -> None:
+    if failed:
+        raise ValueError("a page's score is NaN or +inf: the keys or the query are, or the selector overflowed")
 
 
 def _log_shares(scores: torch.Tensor, per_kv_head: bool) -> torch.Tensor:
