@@ -151,12 +151,19 @@ def cache_figures(
         "stall_percent": percent(decode["stall_ms"], timing.decode_ms),
         "stages": _stages(decode, timing, link),
         "transfer_ms": transfer_ms,
+        "hidden_transfer_share": _hidden_share(decode["stall_ms"], transfer_ms),
         "effective_bandwidth_gb_s": measured_gb_s,
         "link": link,
         "floor": _floor(decode, timing, page_bytes, link, measured_gb_s),
         "by_layer": recorder.layer_dicts(),
         "prefill": _prefill_figures(recorder, page_bytes),
     }
+
+
+def _hidden_share(stall_ms: float | None, transfer_ms: float | None) -> float | None:
+    """The share of the link's busy time that computing did not wait for."""
+    waited = ratio(stall_ms, transfer_ms)
+    return None if waited is None else max(0.0, 1.0 - waited)
 
 
 def _stages(decode: dict[str, Any], timing: Timing, link: dict[str, Any]) -> dict[str, float | None]:

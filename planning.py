@@ -26,7 +26,8 @@ class PlannedRun:
         spec: the run, clamped to the model's positions.
         kv_bytes_per_token: of all paged layers, for one sequence.
         kv_bytes: of the whole context at its end, for the batch.
-        device_kv_bytes: most that is on the device, staging included.
+        device_kv_bytes: most keys and values that are on the device, staging included; a selector's digests come on
+            top of them.
         resident_fraction: share of the context's pages that the budget holds, at its end.
         transfer_floor_ms: least time per token for the bytes that must cross the link.
         notes: what a user should know: a clamp, a model that could not be looked at.

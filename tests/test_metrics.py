@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metrics import (
-    Recorder,
     RunResult,
     Timing,
     cache_figures,
@@ -23,6 +22,7 @@ from metrics import (
     speedup_percent,
     spread,
 )
+from recorder import Recorder
 
 PAGE_BYTES = 1_000_000
 TIMING = Timing.from_token_times([100.0, 190.0, 280.0], batch_size=1, clock="perf_counter")  # 180 ms for two steps
@@ -133,6 +133,43 @@ def test_stall_percent_is_the_share_of_decode_spent_waiting():
     cache = figures(bandwidth_gb_s=None)
     assert cache["stall_ms"] == 36.0  # 10 + 20 + 6
     assert cache["stall_percent"] == pytest.approx(20.0)  # 36 of 180 ms
+
+
+@pytest.mark.parametrize(("transfer_ms", "share"), [(None, None), (0.0, None), (30.0, 0.0), (36.0, 0.0), (90.0, 0.6)])
+def test_the_hidden_share_of_the_transfer_is_what_computing_did_not_wait_for(transfer_ms, share):
+    """It waited 36 ms; at worst all of the transfer was waited for, and its start as well."""
+    hidden = figures(bandwidth_gb_s=None, transfer_ms=transfer_ms)["hidden_transfer_share"]
+    assert hidden == (share if share is None else pytest.approx(share))
+
+
+def test_the_stages_and_the_rest_make_up_decode_on_a_cpu_and_the_host_works_beside_the_device_on_cuda():
+    recorder = Recorder()
+    recorder.begin_step("decode")
+    recorder.spent(0, "select", 3.0)
+    recorder.spent(0, "attend", lambda: 20.0)
+    recorder.waited(0, 5.0)
+    recorder.count(0, copy_ms=2.0)
+    timing = Timing.from_token_times([10.0, 110.0], batch_size=1, clock="perf_counter")
+    assert cache_figures(recorder, timing, 1, {"kind": "simulated"}, None)["stages"]["attend_ms"] is None
+    recorder.settle()
+    on_cpu = cache_figures(recorder, timing, 1, {"kind": "simulated"}, None)
+    assert on_cpu["stages"] == {"select_ms": 3.0, "wait_ms": 5.0, "copy_ms": 2.0, "attend_ms": 20.0, "other_ms": 70.0}
+    assert on_cpu["floor"]["compute_ms_per_step"] == 90.0  # 100 without choosing, waiting and asking
+    on_cuda = cache_figures(recorder, timing, 1, {"kind": "bus"}, None)
+    assert on_cuda["stages"]["other_ms"] is None
+    assert on_cuda["floor"]["compute_ms_per_step"] == 92.0
+
+
+def test_requests_are_kept_where_that_is_asked_for_and_only_there():
+    for keep in (True, False):
+        recorder = Recorder(keep_requests=keep)
+        recorder.begin_step("prefill")
+        recorder.begin_step("decode")
+        recorder.asked(layer=3, sequence=1, pages=[4, 0], resident={9: 1, 2: 5})
+        expected = {"step": 1, "phase": "decode", "layer": 3, "sequence": 1, "pages": [4, 0], "resident": [2, 9]}
+        assert recorder.request_dicts() == ([expected] if keep else [])
+        recorder.reset()
+        assert recorder.request_dicts() == []
 
 
 def test_bytes_are_pages_times_the_size_of_a_page():
