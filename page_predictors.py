@@ -12,16 +12,25 @@ step:
 later does not wait. A predictor that never reads them says `needs_mass = False` as a class attribute, and `observe` is
 not called. Pages that are on the device already may be named; they cost nothing.
 
+Confidence, from 0 to 1, estimates how probable it is that the layer will ask for the page; only that of `last_step`, a
+share of attention, estimates nothing. A predictor that learns over many steps keeps `FadingSums` per layer, one float
+per page. When the context is cropped, the pages that are gone fade as any that is not asked for, and the scheduler
+passes them over.
+
 A predictor of your own derives from `QuietPredictor` and overrides the verbs that it cares for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar, Protocol
 
 Guesses = list[tuple[int, float]]
+Mass = Callable[[], list[float]]
 
 
 class Predictor(Protocol):
@@ -36,7 +45,7 @@ class Predictor(Protocol):
 
     def want(self, layer: int, step: int, pages: Sequence[int]) -> None: ...
     def predict(self, layer: int, step: int) -> Guesses: ...
-    def observe(self, layer: int, step: int, pages: Sequence[int], mass: Callable[[], list[float]]) -> None: ...
+    def observe(self, layer: int, step: int, pages: Sequence[int], mass: Mass) -> None: ...
 
 
 class QuietPredictor:
@@ -50,7 +59,7 @@ class QuietPredictor:
     def predict(self, layer: int, step: int) -> Guesses:
         return []
 
-    def observe(self, layer: int, step: int, pages: Sequence[int], mass: Callable[[], list[float]]) -> None:
+    def observe(self, layer: int, step: int, pages: Sequence[int], mass: Mass) -> None:
         pass
 
 
@@ -69,11 +78,9 @@ class LastStep(QuietPredictor):
     as LRU keeps just these pages, the natural guess may have little left to fetch.
     """
 
-    _last: dict[int, tuple[Sequence[int], Callable[[], list[float]]]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _last: dict[int, tuple[Sequence[int], Mass]] = field(default_factory=dict, init=False, repr=False)
 
-    def observe(self, layer: int, step: int, pages: Sequence[int], mass: Callable[[], list[float]]) -> None:
+    def observe(self, layer: int, step: int, pages: Sequence[int], mass: Mass) -> None:
         self._last[layer] = (pages, mass)
 
     def predict(self, layer: int, step: int) -> Guesses:
@@ -98,3 +105,247 @@ class LayerAhead(QuietPredictor):
 
     def predict(self, layer: int, step: int) -> Guesses:
         return [(page, 1.0) for page in self._latest]
+
+
+class FadingSums:
+    """Sums by page, in which what a step added counts `smoothing` times as much one step later.
+
+    A sum divided by `weight`, which is what a page has that got 1 in every step, is a mean over the steps in which the
+    later ones weigh more. Unlike a mean that starts from 0 it is not too small in the first steps (Kingma and Ba, Adam,
+    ICLR 2015, https://arxiv.org/abs/1412.6980, section 3).
+    """
+
+    def __init__(self, smoothing: float):
+        self.smoothing = smoothing
+        self.sums: dict[int, float] = {}
+        self.weight = 0.0
+
+    def add(self, amounts: Mapping[int, float]) -> None:
+        """Take in one step. A page that is not in `amounts` got 0."""
+        sums, smoothing = self.sums, self.smoothing
+        for page in sums:
+            sums[page] *= smoothing
+        for page, amount in amounts.items():
+            sums[page] = sums.get(page, 0.0) + amount
+        self.weight = smoothing * self.weight + 1.0
+
+    def means(self) -> dict[int, float]:
+        return {page: total / self.weight for page, total in self.sums.items()}
+
+
+class FadingShares:
+    """The fading sums of each page's share of attention in one layer, each step's shares read as late as can be; and
+    how many pages were attended to in the last step that has been read."""
+
+    def __init__(self, smoothing: float):
+        self._sums = FadingSums(smoothing)
+        self._unread: tuple[Sequence[int], Mass] | None = None
+        self.n_attended = 0
+
+    def observe(self, pages: Sequence[int], mass: Mass) -> None:
+        self.read()  # no step is lost if nobody has asked since the one before
+        self._unread = pages, mass
+
+    def read(self) -> FadingSums:
+        """The sums, with all steps in them; this waits for the last step's shares if they are still on their way."""
+        if self._unread is not None:
+            (pages, mass), self._unread = self._unread, None
+            self._sums.add(dict(zip(pages, mass(), strict=True)))
+            self.n_attended = len(pages)
+        return self._sums
+
+
+def _require_smoothing(smoothing: float) -> None:
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is at least 0 and less than 1; it is {smoothing}")
+
+
+@dataclass(frozen=True)
+class Ema(QuietPredictor):
+    """The pages with the largest share of attention, smoothed over the steps, the last ones counting most.
+
+    A few pages draw attention at every step, the heavy hitters of H2O (Zhang et al., NeurIPS 2023,
+    https://arxiv.org/abs/2306.14048), and one step without it does not mean that they are done with. A page that a step
+    did not attend to had a share of 0 in it. Confidence is the probability of being among as many pages as the last
+    step attended to, in proportion to the smoothed share (`inclusion_probabilities`), so all together add up to them.
+
+    Args:
+        smoothing: how much of the past is kept at each step, 0 <= smoothing < 1; at 0 only the last step counts.
+    """
+
+    smoothing: float = 0.8
+    _layers: dict[int, FadingShares] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_smoothing(self.smoothing)
+
+    def observe(self, layer: int, step: int, pages: Sequence[int], mass: Mass) -> None:
+        self._layers.setdefault(layer, FadingShares(self.smoothing)).observe(pages, mass)
+
+    def predict(self, layer: int, step: int) -> Guesses:
+        if layer not in self._layers:
+            return []
+        shares = self._layers[layer].read().sums
+        return inclusion_probabilities(shares, self._layers[layer].n_attended)
+
+
+def inclusion_probabilities(weights: Mapping[int, float], n_chosen: int) -> Guesses:
+    """`(page, probability)`, heaviest first, when `n_chosen` pages are drawn with probability proportional to weight.
+
+    Where that would exceed 1 it is 1, and the others share what is left in proportion. Pages without weight have 0; the
+    sum is `n_chosen` if there are as many with weight.
+    """
+    heaviest = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
+    # What each page weighs together with all that are lighter, added up from the lightest, so that nothing is lost.
+    rests = list(accumulate(weight for _, weight in reversed(heaviest)))[::-1]
+    n_certain = 0
+    while n_certain < n_chosen and (n_chosen - n_certain) * heaviest[n_certain][1] >= rests[n_certain] > 0:
+        n_certain += 1
+    certain, others = heaviest[:n_certain], heaviest[n_certain:]
+    rest = rests[n_certain] if others else 0.0
+    scale = (n_chosen - n_certain) / rest if rest > 0 else 0.0
+    return [(page, 1.0) for page, _ in certain] + [(page, scale * weight) for page, weight in others]
+
+
+@dataclass(frozen=True)
+class Frequency(QuietPredictor):
+    """The pages this layer has asked for most often of late.
+
+    The count of a page's requests fades with every request of the layer, as in LRFU, which lies between least recently
+    and least frequently used (Lee et al. 2001, https://doi.org/10.1109/TC.2001.970573). Confidence is the share of the
+    layer's requests, fading alike, that the page was in.
+
+    Args:
+        smoothing: how much of the count is kept at each request, 0 <= smoothing < 1; at 0 only the last one counts.
+    """
+
+    needs_mass: ClassVar[bool] = False
+
+    smoothing: float = 0.8
+    _layers: dict[int, FadingSums] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_smoothing(self.smoothing)
+
+    def want(self, layer: int, step: int, pages: Sequence[int]) -> None:
+        self._layers.setdefault(layer, FadingSums(self.smoothing)).add(dict.fromkeys(pages, 1.0))
+
+    def predict(self, layer: int, step: int) -> Guesses:
+        if layer not in self._layers:
+            return []
+        return sorted(self._layers[layer].means().items(), key=lambda guess: (-guess[1], guess[0]))
+
+
+class GuessRecord:
+    """What `Ranked` knows of one layer: its requests, its attention, and how far former guesses came true."""
+
+    # A neutral start: as if one certain guess had been made, and had half come true.
+    PRIOR: ClassVar[float] = 0.5
+
+    def __init__(self, smoothing: float):
+        self.requests, self.attention = FadingSums(smoothing), FadingShares(smoothing)
+        self.promised, self.kept = FadingSums(smoothing), FadingSums(smoothing)
+
+    def want(self, pages: Sequence[int]) -> None:
+        """Judge what would have been guessed by frequency, then learn from the request."""
+        chances = self.requests.means()
+        self.promised.add({page: chance * chance for page, chance in chances.items()})
+        self.kept.add({page: chances[page] for page in pages if page in chances})
+        self.requests.add(dict.fromkeys(pages, 1.0))
+
+    def reliability(self) -> dict[int, float]:
+        """By page, requests over requests promised, each guess weighed by its frequency: the factor that would have
+        made the squared error of the frequencies least. A page starts from the ratio of its layer."""
+        promised, kept = self.promised.sums, self.kept.sums
+        of_layer = (sum(kept.values()) + self.PRIOR) / (sum(promised.values()) + 1.0)
+        return {page: (kept.get(page, 0.0) + of_layer) / (promised.get(page, 0.0) + 1.0) for page in self.requests.sums}
+
+
+@dataclass(frozen=True)
+class Ranked(QuietPredictor):
+    """The pages with the highest product of confidence, attention weight and access frequency.
+
+    That is the ranking which the project's user asked for. The score is the product of
+
+        confidence ** confidence_weight     how far former guesses came true, the page's own and, as long as it has few,
+                                            its layer's: requests over requests that the frequencies promised; 1/2 at
+                                            the start, above 1 for a page on the rise
+        attention ** attention_weight       its share of attention, smoothed as in `ema`
+        frequency ** frequency_weight       the share of the layer's requests that it was in, as in `frequency`
+
+    Guesses are judged by what became of them as in Feedback Directed Prefetching (Srinath et al., HPCA 2007,
+    https://doi.org/10.1109/HPCA.2007.346185). What is returned as the confidence of a guess is the first factor times
+    the frequency, 1 at most: a probability, where the score is none. Equal scores go by it. As the order is the
+    score's, a threshold on it has to look at every guess.
+
+    Args:
+        smoothing: how much of the past is kept at each step, 0 <= smoothing < 1; at 0 only the last step counts.
+        confidence_weight, attention_weight, frequency_weight: exponents of the factors, 0 or more; 0 leaves one out.
+    """
+
+    smoothing: float = 0.8
+    confidence_weight: float = 1.0
+    attention_weight: float = 1.0
+    frequency_weight: float = 1.0
+    _layers: dict[int, GuessRecord] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_smoothing(self.smoothing)
+        for name in ("confidence_weight", "attention_weight", "frequency_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is a finite number, 0 or more; it is {getattr(self, name)}")
+
+    def want(self, layer: int, step: int, pages: Sequence[int]) -> None:
+        self._record(layer).want(pages)
+
+    def observe(self, layer: int, step: int, pages: Sequence[int], mass: Mass) -> None:
+        self._record(layer).attention.observe(pages, mass)
+
+    def predict(self, layer: int, step: int) -> Guesses:
+        if layer not in self._layers:
+            return []
+        record = self._layers[layer]
+        frequencies, shares = record.requests.means(), record.attention.read().sums  # their scale changes no order
+        ranking = []
+        for page, reliability in record.reliability().items():
+            frequency = frequencies[page]
+            score = (
+                reliability**self.confidence_weight
+                * shares.get(page, 0.0) ** self.attention_weight
+                * frequency**self.frequency_weight
+            )
+            ranking.append((-score, -min(1.0, reliability * frequency), page))
+        return [(page, -minus_confidence) for _, minus_confidence, page in sorted(ranking)]
+
+    def _record(self, layer: int) -> GuessRecord:
+        return self._layers.setdefault(layer, GuessRecord(self.smoothing))
+
+
+@dataclass(frozen=True)
+class Random(QuietPredictor):
+    """Pages of the context at random: the floor that any other predictor has to beat.
+
+    The context reaches to the last page that the layer has asked for so far. Confidence is the share of its pages that
+    the layer asked for last. The order follows from seed, layer, step and number of pages alone.
+
+    Args:
+        seed: any integer; another one gives another order.
+    """
+
+    needs_mass: ClassVar[bool] = False
+
+    seed: int = 0
+    _layers: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed is an integer; it is {self.seed!r}")
+
+    def want(self, layer: int, step: int, pages: Sequence[int]) -> None:
+        n_pages, _ = self._layers.get(layer, (0, 0))
+        self._layers[layer] = max([n_pages, *(page + 1 for page in pages)]), len(pages)
+
+    def predict(self, layer: int, step: int) -> Guesses:
+        n_pages, n_wanted = self._layers.get(layer, (0, 0))
+        order = random.Random(f"{self.seed} {layer} {step}").sample(range(n_pages), n_pages)
+        return [(page, n_wanted / n_pages) for page in order]

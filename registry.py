@@ -185,6 +185,10 @@ PREDICTORS = Registry(
         "none": "page_predictors:NoPrediction",
         "last_step": "page_predictors:LastStep",
         "layer_ahead": "page_predictors:LayerAhead",
+        "ema": "page_predictors:Ema",
+        "frequency": "page_predictors:Frequency",
+        "ranked": "page_predictors:Ranked",
+        "random": "page_predictors:Random",
     },
     verbs=("want", "predict", "observe"),
 )
