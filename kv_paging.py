@@ -40,7 +40,7 @@ from page_store import Transport, transport_for
 from paged_layer import DecodeAttention, PagedLayer
 from paged_sequence import PagedSequence
 from recorder import Recorder
-from registry import POLICIES, SELECTORS
+from registry import POLICIES, SELECTORS, nearest
 from run_specs import Paging, RunSpec
 
 
@@ -60,10 +60,13 @@ class PagedKVCache(Cache):
 
     Raises:
         CannotPage: the config has layers that hold something other than keys and values, or none with full attention.
-        ValueError: the budget cannot hold the pinned pages and one more.
+        ValueError: a setting is unknown or out of range, or two contradict each other.
     """
 
     def __init__(self, config: Any, **paging: Any):
+        for name in paging:
+            if name not in Paging.__dataclass_fields__:
+                raise ValueError(f"unknown setting {name!r}{nearest(name, Paging.__dataclass_fields__)}")
         self.paging = Paging(**paging)
         for parts, choice in ((POLICIES, self.paging.policy), (SELECTORS, self.paging.selector)):
             parts.create(choice)  # a wrong name or parameter is found now, not as the first keys come in

@@ -76,6 +76,9 @@ class Paging:
         for name in ("sink_pages", "dense_layers", "host_pages"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("policy", "selector"):
+            if not isinstance(getattr(self, name), str | Mapping):
+                raise ValueError(f"{name} must be a name or a mapping with 'name', not {getattr(self, name)!r}")
         for name, known in (("granularity", GRANULARITIES), ("access_order", ACCESS_ORDERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")

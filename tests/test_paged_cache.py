@@ -242,6 +242,15 @@ def test_a_model_without_full_attention_is_refused():
         ({"policy": "lur"}, "did you mean 'lru'"),
         ({"selector": "some", "attention_pages": 4}, "unknown selector"),
         ({"link": "pcie9-x16"}, "did you mean 'pcie"),
+        ({"selectr": "quest"}, "unknown setting 'selectr'; did you mean 'selector'?"),
+        ({"selector": object()}, "selector must be a name or a mapping with 'name', not <object"),
+        ({"attention_pages": 4}, "'attention_pages' has no effect with 'selector: all'"),
+        ({"selector": "quest"}, "this selector needs to know how many pages to attend to"),
+        ({"selector": "quest", "attention_pages": 1}, "attention_pages is 1, but sink_pages 1"),
+        ({"granularity": "head"}, "granularity must be layer or kv_head, not 'head'"),
+        ({"access_order": "any"}, "access_order must be resident_first or position, not 'any'"),
+        ({"selector": "quest", "attention_fraction": 1.5}, "attention_fraction must be above 0 and at most 1"),
+        ({"host_pages": -1}, "host_pages must be at least 0"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_as_the_cache_is_made(llama, paging, message):
