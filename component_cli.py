@@ -83,22 +83,25 @@ def starting_experiment(arguments: argparse.Namespace, mode: str) -> Experiment:
     return MODE_CLASSES[mode](mode=mode, **{key: value for key, value in DEMONSTRATION.items() if key in known})
 
 
-def experiment_of(arguments: argparse.Namespace, mode: str, **more: Any) -> Experiment:
-    """The experiment that a command line describes: the file, or the demonstration's defaults, under the flags.
+def specs_from(start: Experiment, arguments: argparse.Namespace, **more: Any) -> list[RunSpec]:
+    """The runs of an experiment under the flags that are given, and `more` keys where they are not None.
+
+    Raises:
+        ConfigError: a flag is wrong.
+    """
+    given = {key: getattr(arguments, flag) for flag, key in FLAG_KEYS.items() if getattr(arguments, flag) is not None}
+    if arguments.context_length is not None:
+        given["context_lengths"] = [arguments.context_length]
+    return expand([override(start, **given, **{key: value for key, value in more.items() if value is not None})])
+
+
+def component_specs(arguments: argparse.Namespace, mode: str, **more: Any) -> list[RunSpec]:
+    """The runs that a command line describes: the file, or the demonstration's defaults, under the flags.
 
     Raises:
         ConfigError: the file or a flag is wrong.
     """
-    experiment = starting_experiment(arguments, mode)
-    given = {key: getattr(arguments, flag) for flag, key in FLAG_KEYS.items() if getattr(arguments, flag) is not None}
-    if arguments.context_length is not None:
-        given["context_lengths"] = [arguments.context_length]
-    return override(experiment, **given, **{key: value for key, value in more.items() if value is not None})
-
-
-def component_specs(arguments: argparse.Namespace, mode: str, **more: Any) -> list[RunSpec]:
-    """The runs that a command line describes."""
-    return expand([experiment_of(arguments, mode, **more)])
+    return specs_from(starting_experiment(arguments, mode), arguments, **more)
 
 
 def load_for(spec: RunSpec) -> LoadedModel:
@@ -212,18 +215,17 @@ def _link_choice(text: str) -> str | dict[str, float]:
         return text
 
 
-def _paged_specs(arguments: argparse.Namespace, mode: str, **more: Any) -> list[RunSpec]:
+def _paged_specs(start: Experiment, arguments: argparse.Namespace, **more: Any) -> list[RunSpec]:
     """The runs of a paged mode. A selector from the command line that nobody gave a number of pages gets a share."""
     given = {flag: getattr(arguments, flag, None) for flag in PAGING_FLAGS} | more
-    start = starting_experiment(arguments, mode)
     sized = any(
         value is not None
         for key in ("attention_pages", "attention_fraction")
         for value in (given[key], getattr(start, key))
     )
     if given["selector"] is None or is_exact(given["selector"]) or sized:
-        return component_specs(arguments, mode, **given)
-    specs = component_specs(arguments, mode, **given | {"attention_fraction": DEFAULT_FRACTION})
+        return specs_from(start, arguments, **given)
+    specs = specs_from(start, arguments, **given | {"attention_fraction": DEFAULT_FRACTION})
     if arguments.selector is not None:
         print(
             f"--selector {arguments.selector}: attending to {DEFAULT_FRACTION:.0%} of the pages at each step;"
@@ -236,7 +238,8 @@ def _paged_specs(arguments: argparse.Namespace, mode: str, **more: Any) -> list[
 def _demonstrate(mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
     check_heat_map(arguments.heat_map)
-    specs = _paged_specs(arguments, mode, record_pages=True if arguments.heat_map else None)
+    start = starting_experiment(arguments, mode)
+    specs = _paged_specs(start, arguments, record_pages=True if arguments.heat_map else None)
     model = load_for(specs[0])
     results = _measured_beside_hf([fitted_spec(spec, model) for spec in specs], model, run)
     show_and_write(results, arguments.output)
@@ -257,8 +260,9 @@ def _heat_map_title(spec: RunSpec, result: RunResult) -> str:
 def _compare_policies(mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
     """Every run of the command once with each policy; a table for each context length."""
     check_writable(arguments.output)
-    undecided = arguments.selector is None and "selector" not in starting_experiment(arguments, mode).model_fields_set
-    specs = _paged_specs(arguments, mode, **({"selector": "quest"} if undecided else {}))
+    start = starting_experiment(arguments, mode)
+    undecided = arguments.selector is None and "selector" not in start.model_fields_set
+    specs = _paged_specs(start, arguments, **({"selector": "quest"} if undecided else {}))
     model = load_for(specs[0])
     fitted = [fitted_spec(spec, model) for spec in specs]
     results = _measured_beside_hf([each for spec in fitted for each in _with_each_policy(spec)], model, run)

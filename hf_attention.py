@@ -252,7 +252,7 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        _pending.note = None
+        take_back()
         with _attaching:
             count, before = _attachments.pop(id(config))
             if count > 1:

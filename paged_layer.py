@@ -202,15 +202,6 @@ class PagedLayer(CacheLayerMixin):
         if tokens_to_remove < 0 and self.n_tokens:
             self.pages.truncate(max(0, self.n_tokens + tokens_to_remove))
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.select_rows(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows([row for row in range(self.n_rows) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.select_rows(torch.arange(self.n_rows)[indices.cpu()].tolist())
-
     @property
     def n_rows(self) -> int:
         """Sequences in the batch; 0 before there are any."""
@@ -291,21 +282,13 @@ class PagedLayer(CacheLayerMixin):
     def _attend_token(self, query, key, value, masked, rule) -> list[torch.Tensor]:
         """One new token of each row: written first, and then attended to like the others."""
         self.pages.append(key, value, masked)
-        rows = [row for row in range(query.shape[0]) if not (masked and masked[row])]
-        self._looking.clear()
-        self._n_asking = sum(self.pages.sequences[row].n_pages > 0 for row in rows)
-        readings = [
-            self._ask(sequence, query[row], rule) if row in rows else PageReading(())
-            for row, sequence in enumerate(self.pages.sequences)
-        ]
+        readings = self._ask_all(query, rule, [bool(padded) for padded in masked or ()])
         return [self._attend_row(row, query[row : row + 1], reading, rule) for row, reading in enumerate(readings)]
 
     def _attend_chunk(self, query, key, value, masked, rule) -> list[torch.Tensor]:
         """Several new tokens of each row: attended to causally among themselves, and written afterwards."""
         past, length = self.n_tokens, query.shape[2]
-        self._looking.clear()
-        self._n_asking = sum(sequence.n_pages > 0 for sequence in self.pages.sequences)
-        readings = [self._ask(sequence) for sequence in self.pages.sequences]
+        readings = self._ask_all()
         rows = []
         for row, reading in enumerate(readings):
             one = slice(row, row + 1)
@@ -320,17 +303,28 @@ class PagedLayer(CacheLayerMixin):
         self.pages.append(key, value, masked)
         return rows
 
-    def _ask(
-        self, sequence: PagedSequence, query: torch.Tensor | None = None, rule: ScoreRule | None = None
-    ) -> PageReading:
-        """Ask for pages. All sequences ask before any is attended, so that all their copies are under way.
+    def _ask_all(
+        self, query: torch.Tensor | None = None, rule: ScoreRule | None = None, padded: Sequence[bool] = ()
+    ) -> list[PageReading]:
+        """Ask for the pages of every row before any is attended, so that all their copies are under way.
 
         Args:
-            query: [H, 1, D] of a decode step, for the selector to choose by; None for a chunk, which reads all pages.
+            query: [B, H, 1, D] of a decode step, for the selector to choose by; None for a chunk, which reads all.
+            padded: rows whose new token is padding, which read nothing; like those that have no pages yet.
         """
+        asking = [
+            bool(sequence.n_pages) and not (padded and padded[row]) for row, sequence in enumerate(self.pages.sequences)
+        ]
+        self._looking.clear()
+        self._n_asking = sum(asking)
+        return [
+            self._ask(sequence, None if query is None else query[row], rule) if asking[row] else PageReading(())
+            for row, sequence in enumerate(self.pages.sequences)
+        ]
+
+    def _ask(self, sequence: PagedSequence, query: torch.Tensor | None, rule: ScoreRule | None) -> PageReading:
+        """Ask for the pages of one row; its query is [H, 1, D]."""
         pages, heads = list(range(sequence.n_pages)), None
-        if not pages:
-            return PageReading(())
         pinned = sequence.pinned_pages()
         n_attended = self.paging.n_attended(len(pages))
         if self.selector and query is not None and self.cache.phase == "decode" and n_attended < len(pages):

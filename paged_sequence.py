@@ -170,14 +170,12 @@ class PagedSequence:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def prefetch(self, ranked: Sequence[int], limit: int) -> int:
-        """Start copying the first `limit` of these pages that are not on the device, into free slots only.
+    def prefetch(self, ranked: Sequence[int], limit: int) -> None:
+        """Start copying the first `limit` of these pages that are not on the device, into free slots only, so fewer
+        when slots run out.
 
         Args:
             ranked: page ids, most wanted first; ids that are no sealed page are passed over.
-
-        Returns:
-            How many copies were started; fewer than `limit` when slots run out.
         """
         free = min(limit, len(self.table.free_slots))
         absent = [page for page in dict.fromkeys(ranked) if 0 <= page < self.n_sealed and self.table.slot(page) is None]
@@ -186,7 +184,6 @@ class PagedSequence:
             ticket = self.fetch(chosen, [self.table.stage(page, ())[0] for page in chosen])
             self.arriving.update(dict.fromkeys(chosen, ticket))
             self.count(h2d_pages=len(chosen), prefetch_issued=len(chosen))
-        return len(chosen)
 
     def resolve(self, wanted: Sequence[int], pinned: set[int], look_ahead: LooksAhead) -> Iterable[dict[int, int]]:
         """Ask for pages.
