@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cache_settings import is_exact
 from component_tables import choice_text, figures_table, policies_table
 from experiments import MODE_CLASSES, Experiment, load_experiment, override
 from generation import HFCache, generate
@@ -32,7 +33,7 @@ from models import LoadedModel, ModelUnavailable, load_model
 from page_heatmap import draw_page_heatmap
 from planning import fit_positions
 from registry import POLICIES
-from run_specs import RunSpec, expand, is_exact
+from run_specs import RunSpec, expand
 from utils import is_out_of_memory, write_json
 from workloads import TokenRows, encode_prompts, prompt_tokens
 

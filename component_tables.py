@@ -16,8 +16,8 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from cache_settings import is_exact
 from metrics import RunResult, ratio, spread
-from run_specs import is_exact
 
 PoliciesResults = Mapping[str, Sequence[RunResult]]  # by policy, the same repetitions of each
 

@@ -31,8 +31,8 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import links
+from cache_settings import ADAPTIVE, Paging, PrefetchSpec, paging_conflicts, prefetch_conflicts
 from registry import POLICIES, PREDICTORS, SELECTORS, Registry, UnknownName, nearest
-from run_specs import Paging, PrefetchSpec, paging_conflicts
 from yaml_source import described
 
 # --- types of values ----------------------------------------------------------------------------------------
@@ -76,6 +76,13 @@ def _known_link(value: Any) -> Any:
     if value not in links.NAMES:
         rule = f"must be {', '.join(links.NAMES)} or a mapping with bandwidth_gb_s and latency_us"
         raise ValueError(f"{rule}, found {described(value)}{nearest(value, links.NAMES)}")
+    return value
+
+
+def _known_confidence(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != ADAPTIVE and not (is_number and 0 <= value <= 1):
+        raise ValueError(f"must be {ADAPTIVE} or a number from 0 to 1, found {described(value)}")
     return value
 
 
@@ -125,6 +132,8 @@ def _part_of(registry: Registry) -> Any:
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Multiple = Annotated[float, Field(ge=1, le=1_000_000)]
+Confidence = Annotated[float | str, PlainValidator(_known_confidence), (ADAPTIVE,)]
 Lengths = Annotated[list[Count], Field(min_length=1, max_length=1000), AfterValidator(_no_repeats)]
 Text = Annotated[str, AfterValidator(_printable)]
 Device = Annotated[str, AfterValidator(_known_device)]
@@ -243,6 +252,9 @@ class ReactiveExperiment(Experiment):
     access_order: Literal["resident_first", "position"] = Field(
         "resident_first", description="Ask for all wanted pages as a set, or one by one as naive paging does."
     )
+    on_miss: Literal["wait", "skip"] = Field(
+        "wait", description="Wait for a page that is not there, or leave it out of this step: an approximation."
+    )
     host_pages: CountOrZero | None = Field(
         None, description="Pages kept in host memory, per layer and sequence; later ones go to disk. null: all of them."
     )
@@ -277,18 +289,25 @@ class PredictiveExperiment(ReactiveExperiment):
         " slots for fetches.",
     )
 
+    overfetch: Multiple | None = Field(
+        2.0, description="How far down the ranking, in multiples of the pages asked for last; null for all of it."
+    )
+    lookahead: Count = Field(1, description="How many layers ahead to copy.")
+    min_confidence: Confidence = Field(
+        ADAPTIVE,
+        description="Least confidence worth a copy, 0 to 1; adaptive follows how often guesses come true and how busy"
+        " the link is.",
+    )
+    prefetch_evicts: bool = Field(
+        False, description="Let a guessed page take the slot of a resident one that is not guessed, if none is free."
+    )
+
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
-        if self.prefetch_k > self.staging_pages:
-            yield (
-                ("prefetch_k", "staging_pages"),
-                f"prefetch_k is {self.prefetch_k}, but staging_pages gives only {self.staging_pages} slots"
-                f" for pages on their way; set staging_pages to at least {self.prefetch_k}, or prefetch_k"
-                f" to at most {self.staging_pages}",
-            )
+        yield from prefetch_conflicts(self, self, PREDICTORS.asks_for(self.predictor, "needs_scores"))
 
     def cache_fields(self) -> dict[str, Any]:
-        prefetch = PrefetchSpec(predictor=self.predictor, prefetch_k=self.prefetch_k)
+        prefetch = PrefetchSpec(**{key: getattr(self, key) for key in PrefetchSpec.__dataclass_fields__})
         return super().cache_fields() | {"prefetch": prefetch}
 
 

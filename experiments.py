@@ -17,6 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cache_settings import Paging, PrefetchSpec
 from config_messages import either, faults_in_every_mode, unknown_key, unknown_mode, validated
 from config_schema import (
     ALL_KEYS,
@@ -26,7 +27,7 @@ from config_schema import (
     PredictiveExperiment,
     ReactiveExperiment,
 )
-from run_specs import Paging, PrefetchSpec, RunSpec, clamp, expand
+from run_specs import RunSpec, clamp, expand
 from yaml_source import ConfigError, KeyPath, Source, described, read_source
 
 __all__ = [

@@ -56,7 +56,13 @@ class CannotPage(ValueError):
 
 
 class AttendsToPages(Protocol):
-    """A cache layer that computes its own attention."""
+    """A cache layer that computes its own attention.
+
+    Attributes:
+        attention: the model's module that attends with it, once it has.
+    """
+
+    attention: torch.nn.Module | None
 
     def attend(
         self,
@@ -71,9 +77,15 @@ class AttendsToPages(Protocol):
 
 
 class _Pending(threading.local):
-    """The layer whose attention has to come next in this thread: its index, and None for a layer that is not paged."""
+    """What this thread is about to do.
+
+    Attributes:
+        note: the layer whose attention has to come next: its index, and None for a layer that is not paged.
+        only_asking: whether a module is called for its query alone (`query_of`).
+    """
 
     note: tuple[int, AttendsToPages | None] | None = None
+    only_asking: bool = False
 
 
 _pending = _Pending()
@@ -94,6 +106,36 @@ def hand_over(layer_idx: int, layer: AttendsToPages | None) -> None:
 def take_back() -> None:
     """Forget a note that an interrupted forward pass of this thread has left."""
     _pending.note = None
+
+
+class _Query(Exception):
+    """Ends the call of an attention module where it would attend."""
+
+    def __init__(self, query: torch.Tensor, scale: float):
+        self.query, self.scale = query, scale
+
+
+def only_asking() -> bool:
+    """Whether this thread is inside `query_of`, where caches keep nothing."""
+    return _pending.only_asking
+
+
+def query_of(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """The query [B, H, T, D] that an attention module would attend with, if called so, and the factor on its scores.
+
+    It is `forward` that is called, so no hooks run; an attached cache among the arguments keeps nothing.
+
+    Raises:
+        CannotPage: the module did not come to attend through transformers' AttentionInterface.
+    """
+    _pending.only_asking = True
+    try:
+        module.forward(*args, **kwargs)
+    except _Query as asked:
+        return asked.query, asked.scale
+    finally:
+        _pending.only_asking = False
+    raise CannotPage(f"{type(module).__name__} did not attend through transformers' AttentionInterface")
 
 
 def paged_attention_forward(
@@ -129,6 +171,9 @@ def paged_attention_forward(
     Raises:
         CannotPage: the note of this layer is missing, or the model asks for what is not computed here.
     """
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if _pending.only_asking:
+        raise _Query(query, scale)
     note, _pending.note = _pending.note, None
     layer_idx = getattr(module, "layer_idx", None)
     where = f"layer {layer_idx} ({type(module).__name__})"
@@ -148,7 +193,6 @@ def paged_attention_forward(
         raise CannotPage(f"{where} is not causal, and paged attention is")
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         raise CannotPage(f"{where} got an additive mask ({attention_mask.dtype}); paged attention takes boolean masks")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = note[1]
     if layer is None:
         return _attend_window(module, query, key, value, attention_mask, scale, softcap, s_aux), None
@@ -159,6 +203,7 @@ def paged_attention_forward(
             f"{where} got a mask {tuple(attention_mask.shape)} that differs between queries or heads (packed sequences,"
             " a bidirectional prefix, a custom 4D mask); over pages attention is causal, with padding at most"
         )
+    layer.attention = module
     out = layer.attend(query, key, value, attention_mask, scale, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 

@@ -29,6 +29,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hf_attention
+from cache_settings import Paging
 from component_cli import demonstrate
 from generation import measured_run
 from hf_attention import CannotPage
@@ -41,7 +42,7 @@ from paged_layer import DecodeAttention, PagedLayer
 from paged_sequence import PagedSequence
 from recorder import Recorder
 from registry import POLICIES, SELECTORS, nearest
-from run_specs import Paging, RunSpec
+from run_specs import RunSpec
 
 
 class PagedKVCache(Cache):
@@ -116,6 +117,8 @@ class PagedKVCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values `[B, K, T, D]` of a layer; returns those that attention needs to be given."""
+        if hf_attention.only_asking():
+            return key_states, value_states
         layer = self.layers[layer_idx]
         if layer_idx == 0:
             self._begin_step(key_states.shape[2])

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import torch
 
+from cache_settings import Paging
 from padding import kept_of
 from page_selection import PageDigests
 from page_selectors import Selector
 from page_store import PageStore, Transport
 from paged_sequence import PagedSequence
 from recorder import Recorder
-from run_specs import Paging
 
 
 class LayerPages:

@@ -131,7 +131,9 @@ def cache_figures(
     decode = recorder.snapshot("decode")
     h2d_bytes = decode["h2d_pages"] * page_bytes
     measured_gb_s = ratio(h2d_bytes / 1e6, transfer_ms)
-    hit_rate, shadow_hit_rate = (ratio(decode[name], decode["accesses"]) for name in ("hits", "shadow_hits"))
+    hit_rate, shadow_rate, all_slots_rate = (
+        ratio(decode[name], decode["accesses"]) for name in ("hits", "shadow_hits", "shadow_slots_hits")
+    )
     return {
         "accesses": decode["accesses"],
         "hits": decode["hits"],
@@ -140,10 +142,14 @@ def cache_figures(
         "hit_rate": hit_rate,
         "late_rate": ratio(decode["late"], decode["accesses"]),
         "miss_rate": ratio(decode["misses"], decode["accesses"]),
-        "shadow_lru_hit_rate": shadow_hit_rate,
-        "gain_over_lru": None
-        if decode["hits"] is None
-        else ratio(decode["hits"] - decode["shadow_hits"], decode["accesses"]),
+        "lru_hits": decode["lru_hits"],
+        "prefetched_hits": difference(decode["hits"], decode["lru_hits"]),
+        "shadow_lru_hit_rate": shadow_rate,
+        "gain_over_lru": difference(hit_rate, shadow_rate),
+        "shadow_lru_all_slots_hit_rate": all_slots_rate,
+        "gain_over_lru_all_slots": difference(hit_rate, all_slots_rate),
+        "skipped": decode["skipped"],
+        "skipped_rate": ratio(decode["skipped"], decode["accesses"]),
         "evictions": decode["evictions"],
         "h2d_bytes": h2d_bytes,
         "d2h_bytes": decode["d2h_pages"] * page_bytes,
@@ -169,10 +175,12 @@ def _hidden_share(stall_ms: float | None, transfer_ms: float | None) -> float | 
 def _stages(decode: dict[str, Any], timing: Timing, link: dict[str, Any]) -> dict[str, float | None]:
     """Where decode time goes, in ms: the stages of paging (see `recorder.StepRecord`), and all the rest.
 
-    On CUDA `copy_ms` is time of the host, which works while the device computes, so there is no rest to speak of.
+    On CUDA `copy_ms` and `predict_ms` are time of the host, which works while the device computes, so there is no rest
+    to speak of.
     """
     stages = {
         "select_ms": decode["select_ms"],
+        "predict_ms": decode["predict_ms"],
         "wait_ms": decode["stall_ms"],
         "copy_ms": decode["copy_ms"],
         "attend_ms": decode["attend_ms"],
@@ -198,15 +206,16 @@ def _floor(
 ) -> dict[str, Any]:
     """Roofline of a decode step: max(compute, bytes that must move / bandwidth), and how far the run is above it.
 
-    Compute is what is left of a step without waiting for pages and choosing them, and on a CPU without asking for
-    copies. Attention in parts and its merging are still in it, so it is no less than what computing would take if all
-    pages were there; the baseline's time per token, where there is one, says that. The bandwidth is the link's own
-    where it is known, and for a real bus the one measured in this run.
+    Compute is what is left of a step without waiting for pages and choosing them, and on a CPU without predicting them
+    and asking for copies. Attention in parts and its merging are still in it, so it is no less than what computing
+    would take if all pages were there; the baseline's time per token, where there is one, says that. The bandwidth is
+    the link's own where it is known, and for a real bus the one measured in this run.
     """
     must_move_bytes = ratio(decode["must_move"] * page_bytes, decode["steps"])
     bandwidth_gb_s = link.get("bandwidth_gb_s") or measured_gb_s
     tpot_ms = timing.tpot_ms
-    paging = [decode["stall_ms"], decode["select_ms"], 0.0 if link.get("kind") == "bus" else decode["copy_ms"]]
+    of_the_host = (0.0, 0.0) if link.get("kind") == "bus" else (decode["copy_ms"], decode["predict_ms"])
+    paging = [decode["stall_ms"], decode["select_ms"], *of_the_host]
     paging_ms = None if None in paging else ratio(sum(paging), decode["steps"])
     compute_ms = difference(tpot_ms, paging_ms)
     transfer_ms = None
@@ -236,6 +245,8 @@ def prefetch_figures(recorder: Recorder, page_bytes: int) -> dict[str, Any]:
         "on_time": decode["prefetch_on_time"],
         "late": decode["prefetch_late"],
         "wasted": decode["prefetch_wasted"],
+        "declined": decode["prefetch_declined"],
+        "pollution": decode["pollution"],
         "unresolved": issued - useful - decode["prefetch_wasted"],
         "accuracy": ratio(useful, issued),
         "coverage": ratio(useful, useful + decode["misses"]),

@@ -25,6 +25,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+from fading import require_smoothing
+
 
 class NothingToEvict(RuntimeError):
     """Every resident page is pinned."""
@@ -293,8 +295,7 @@ class AttentionMass:
     _named: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing is at least 0 and less than 1; it is {self.smoothing}")
+        require_smoothing(self.smoothing)
 
     def insert(self, page: int) -> None:
         self._order[page] = None

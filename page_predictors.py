@@ -8,6 +8,10 @@ step:
     predict(layer, step) -> guesses     what this layer (the next one) will ask for: (page, confidence), best first
     observe(layer, step, pages, mass)   the layer has attended to them; `mass()` gives each one's share of the attention
 
+A predictor that says `needs_scores = True` is told before `predict` what the selector would make of the layer's pages:
+
+    hint(layer, step, shares, n)        each page's estimated share of attention, of which the selector takes the n best
+
 `mass` is a function because on CUDA the shares are still on their way to the host: a predictor that reads them one step
 later does not wait. A predictor that never reads them says `needs_mass = False` as a class attribute, and `observe` is
 not called. Pages that are on the device already may be named; they cost nothing.
@@ -24,13 +28,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
-Guesses = list[tuple[int, float]]
-Mass = Callable[[], list[float]]
+from fading import FadingShares, FadingSums, Guesses, Mass, inclusion_probabilities, require_smoothing
 
 
 class Predictor(Protocol):
@@ -39,19 +41,27 @@ class Predictor(Protocol):
     Attributes:
         needs_mass: whether `observe` is to be called. Computing the shares and bringing them to the host costs time in
             every layer, so a predictor that has no use for them says False.
+        needs_scores: whether `hint` is to be called, which costs more: the query of a layer that has not begun has to
+            be estimated, and scored against its digests.
+        needs_recording: whether it is made with `requests`, those of the same generation recorded before.
     """
 
     needs_mass: ClassVar[bool]
+    needs_scores: ClassVar[bool]
+    needs_recording: ClassVar[bool]
 
     def want(self, layer: int, step: int, pages: Sequence[int]) -> None: ...
     def predict(self, layer: int, step: int) -> Guesses: ...
     def observe(self, layer: int, step: int, pages: Sequence[int], mass: Mass) -> None: ...
+    def hint(self, layer: int, step: int, shares: Mapping[int, float], n: int) -> None: ...
 
 
 class QuietPredictor:
     """The verbs with nothing in them: it heeds no page and guesses none. The base of the predictors below."""
 
     needs_mass: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
+    needs_recording: ClassVar[bool] = False
 
     def want(self, layer: int, step: int, pages: Sequence[int]) -> None:
         pass
@@ -60,6 +70,9 @@ class QuietPredictor:
         return []
 
     def observe(self, layer: int, step: int, pages: Sequence[int], mass: Mass) -> None:
+        pass
+
+    def hint(self, layer: int, step: int, shares: Mapping[int, float], n: int) -> None:
         pass
 
 
@@ -107,59 +120,6 @@ class LayerAhead(QuietPredictor):
         return [(page, 1.0) for page in self._latest]
 
 
-class FadingSums:
-    """Sums by page, in which what a step added counts `smoothing` times as much one step later.
-
-    A sum divided by `weight`, which is what a page has that got 1 in every step, is a mean over the steps in which the
-    later ones weigh more. Unlike a mean that starts from 0 it is not too small in the first steps (Kingma and Ba, Adam,
-    ICLR 2015, https://arxiv.org/abs/1412.6980, section 3).
-    """
-
-    def __init__(self, smoothing: float):
-        self.smoothing = smoothing
-        self.sums: dict[int, float] = {}
-        self.weight = 0.0
-
-    def add(self, amounts: Mapping[int, float]) -> None:
-        """Take in one step. A page that is not in `amounts` got 0."""
-        sums, smoothing = self.sums, self.smoothing
-        for page in sums:
-            sums[page] *= smoothing
-        for page, amount in amounts.items():
-            sums[page] = sums.get(page, 0.0) + amount
-        self.weight = smoothing * self.weight + 1.0
-
-    def means(self) -> dict[int, float]:
-        return {page: total / self.weight for page, total in self.sums.items()}
-
-
-class FadingShares:
-    """The fading sums of each page's share of attention in one layer, each step's shares read as late as can be; and
-    how many pages were attended to in the last step that has been read."""
-
-    def __init__(self, smoothing: float):
-        self._sums = FadingSums(smoothing)
-        self._unread: tuple[Sequence[int], Mass] | None = None
-        self.n_attended = 0
-
-    def observe(self, pages: Sequence[int], mass: Mass) -> None:
-        self.read()  # no step is lost if nobody has asked since the one before
-        self._unread = pages, mass
-
-    def read(self) -> FadingSums:
-        """The sums, with all steps in them; this waits for the last step's shares if they are still on their way."""
-        if self._unread is not None:
-            (pages, mass), self._unread = self._unread, None
-            self._sums.add(dict(zip(pages, mass(), strict=True)))
-            self.n_attended = len(pages)
-        return self._sums
-
-
-def _require_smoothing(smoothing: float) -> None:
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing is at least 0 and less than 1; it is {smoothing}")
-
-
 @dataclass(frozen=True)
 class Ema(QuietPredictor):
     """The pages with the largest share of attention, smoothed over the steps, the last ones counting most.
@@ -177,7 +137,7 @@ class Ema(QuietPredictor):
     _layers: dict[int, FadingShares] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _require_smoothing(self.smoothing)
+        require_smoothing(self.smoothing)
 
     def observe(self, layer: int, step: int, pages: Sequence[int], mass: Mass) -> None:
         self._layers.setdefault(layer, FadingShares(self.smoothing)).observe(pages, mass)
@@ -187,24 +147,6 @@ class Ema(QuietPredictor):
             return []
         shares = self._layers[layer].read().sums
         return inclusion_probabilities(shares, self._layers[layer].n_attended)
-
-
-def inclusion_probabilities(weights: Mapping[int, float], n_chosen: int) -> Guesses:
-    """`(page, probability)`, heaviest first, when `n_chosen` pages are drawn with probability proportional to weight.
-
-    Where that would exceed 1 it is 1, and the others share what is left in proportion. Pages without weight have 0; the
-    sum is `n_chosen` if there are as many with weight.
-    """
-    heaviest = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
-    # What each page weighs together with all that are lighter, added up from the lightest, so that nothing is lost.
-    rests = list(accumulate(weight for _, weight in reversed(heaviest)))[::-1]
-    n_certain = 0
-    while n_certain < n_chosen and (n_chosen - n_certain) * heaviest[n_certain][1] >= rests[n_certain] > 0:
-        n_certain += 1
-    certain, others = heaviest[:n_certain], heaviest[n_certain:]
-    rest = rests[n_certain] if others else 0.0
-    scale = (n_chosen - n_certain) / rest if rest > 0 else 0.0
-    return [(page, 1.0) for page, _ in certain] + [(page, scale * weight) for page, weight in others]
 
 
 @dataclass(frozen=True)
@@ -225,7 +167,7 @@ class Frequency(QuietPredictor):
     _layers: dict[int, FadingSums] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _require_smoothing(self.smoothing)
+        require_smoothing(self.smoothing)
 
     def want(self, layer: int, step: int, pages: Sequence[int]) -> None:
         self._layers.setdefault(layer, FadingSums(self.smoothing)).add(dict.fromkeys(pages, 1.0))
@@ -290,7 +232,7 @@ class Ranked(QuietPredictor):
     _layers: dict[int, GuessRecord] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _require_smoothing(self.smoothing)
+        require_smoothing(self.smoothing)
         for name in ("confidence_weight", "attention_weight", "frequency_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is a finite number, 0 or more; it is {getattr(self, name)}")
@@ -319,6 +261,63 @@ class Ranked(QuietPredictor):
 
     def _record(self, layer: int) -> GuessRecord:
         return self._layers.setdefault(layer, GuessRecord(self.smoothing))
+
+
+@dataclass(frozen=True)
+class CrossLayer(QuietPredictor):
+    """The pages that a later layer's query would choose, were its input this layer's.
+
+    From layer to layer the residual stream changes little, so the next layer's own projection of this layer's
+    normalised input is near to the query that the next layer is going to ask with; held against that layer's digests by
+    the selector in use, it names the pages before the layer begins. InfiniGen (Lee et al., OSDI 2024,
+    https://arxiv.org/abs/2406.19707) does so for single keys. For the first layers of the next step, whose token is not
+    known yet, it guesses nothing. Confidence is the probability of being among as many pages as the selector takes, in
+    proportion to the estimated shares of attention (`inclusion_probabilities`).
+    """
+
+    needs_mass: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = True
+
+    _hints: dict[int, tuple[int, Mapping[int, float], int]] = field(default_factory=dict, init=False, repr=False)
+
+    def hint(self, layer: int, step: int, shares: Mapping[int, float], n: int) -> None:
+        self._hints[layer] = step, shares, n
+
+    def predict(self, layer: int, step: int) -> Guesses:
+        of_step, shares, n = self._hints.get(layer, (-1, {}, 0))
+        return inclusion_probabilities(shares, n) if of_step == step else []
+
+
+@dataclass(frozen=True)
+class Oracle(QuietPredictor):
+    """What the layer is going to ask for, from a recording of the same generation: the bound for any other predictor.
+
+    The generation is run twice, and the second one knows the first. What it does not reach the bound of is what no
+    prediction can do: more pages than `prefetch_k` at a time, or than the link can move. Confidence is 1.
+
+    Args:
+        requests: as a recorder keeps them (`recorder.PageRequest`), those of all sequences; a run makes them itself.
+        sequence: the one that this predictor is for.
+    """
+
+    needs_mass: ClassVar[bool] = False
+    needs_recording: ClassVar[bool] = True
+
+    requests: Sequence[Any] = ()
+    sequence: int = 0
+    _future: dict[tuple[int, int], list[int]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        decoding = [request for request in self.requests if request.phase == "decode"]
+        if not decoding:
+            raise ValueError("the oracle needs the recorded requests of a generation, with at least one decode step")
+        first = min(request.step for request in decoding)
+        for request in decoding:
+            if request.sequence == self.sequence:
+                self._future[request.layer, request.step - first] = request.pages
+
+    def predict(self, layer: int, step: int) -> Guesses:
+        return [(page, 1.0) for page in self._future.get((layer, step), ())]
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,11 @@ def choose_pages(
     return Choice(pages, heads)
 
 
+def page_shares(scores: torch.Tensor) -> torch.Tensor:
+    """Each page's estimated share of the attention, averaged over all heads: [n, K, G] -> [n], of sum 1."""
+    return scores.float().softmax(0).nan_to_num(nan=0.0).mean((1, 2))
+
+
 def _require_ranked(failed: int) -> None:
     if failed:
         raise ValueError("a page's score is NaN or +inf: the keys or the query are, or the selector overflowed")

@@ -23,6 +23,7 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,12 @@ class Transport(Protocol):
         ...
 
     def busy_ms(self) -> float:
-        """Time the link has spent moving pages to the device since `restart_clock`, copies in order, gaps left out."""
+        """Time the link has spent moving pages to the device since `restart_clock`, copies in order, gaps left out. It
+        waits for those under way."""
+        ...
+
+    def busy_ms_so_far(self) -> float:
+        """The same, of the copies that are known to be done; it waits for nothing."""
         ...
 
     def restart_clock(self) -> None: ...
@@ -141,6 +147,9 @@ class ThreadTransport:
         all_done = threading.Event()
         self._orders.put(all_done)  # the worker sets it after all that was asked of it before
         _wait_for_worker(all_done, self._worker)
+        return self.busy_ms_so_far()
+
+    def busy_ms_so_far(self) -> float:
         return 1000.0 * self._busy_seconds
 
     def restart_clock(self) -> None:
@@ -219,7 +228,8 @@ class StreamTransport:
     def __init__(self, device: torch.device, link: Link):
         self.link, self.device = link, device
         self._stream = torch.cuda.Stream(device)
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # copies not known to be done
+        self._busy_ms = 0.0
 
     def copy(self, moves: Moves, to_device: bool, after: Sequence[Ticket] = ()) -> Ticket:
         # `after` needs no look: the stream keeps the order, and an error of CUDA ends everything after it.
@@ -236,10 +246,17 @@ class StreamTransport:
 
     def busy_ms(self) -> float:
         self._stream.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self._spans)
+        return self.busy_ms_so_far()
+
+    def busy_ms_so_far(self) -> float:
+        while self._spans and self._spans[0][1].query():
+            start, end = self._spans.popleft()
+            self._busy_ms += start.elapsed_time(end)
+        return self._busy_ms
 
     def restart_clock(self) -> None:
-        self._spans = []
+        self._spans.clear()
+        self._busy_ms = 0.0
 
     def adopt(self, pool: torch.Tensor) -> None:
         # Else the allocator could give the memory of a dropped cache away while a last prefetch still writes to it.

@@ -49,6 +49,11 @@ class PageTable:
         found = self.resident.get(page)
         return self.staged.get(page) if found is None else found
 
+    @property
+    def makes_room(self) -> bool:
+        """Whether a page more has a slot, or an eviction that is due with it frees one."""
+        return bool(self.free_slots) or len(self.resident) >= self.max_resident
+
     def can_stage(self, pinned: Collection[int]) -> bool:
         """Whether `stage` would find a slot, by eviction if need be."""
         return bool(self.free_slots) or any(page not in pinned for page in self.resident)

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from cache_settings import Paging
 from hf_attention import CannotPage
 from layer_pages import LayerPages
 from padding import Padding, kept_of
@@ -42,7 +43,6 @@ from paged_attention import (
 from paged_sequence import PagedSequence
 from recorder import Recorder
 from registry import SELECTORS
-from run_specs import Paging
 from stage_clock import StageClock, clock_for
 
 MAX_PARTIAL_ELEMENTS = 2**23  # of one kernel call's output during prefill: 32 MiB in float32
@@ -115,6 +115,7 @@ class PagedLayer(CacheLayerMixin):
 
     Attributes:
         pages: the pages, allocated as the first keys come in, or by `allocate`.
+        attention: the model's module that attends with this layer, once it has.
     """
 
     is_sliding = False
@@ -126,9 +127,10 @@ class PagedLayer(CacheLayerMixin):
         # A cache owns its layers. Were it owned by them too, a dropped cache would hold its pools until the next
         # garbage collection, and the next run would be measured with them.
         self.cache = weakref.proxy(cache)
-        selects = not paging.exact and layer_idx >= paging.dense_layers
+        selects = paging.selects and layer_idx >= paging.dense_layers
         self.selector = SELECTORS.create(paging.selector) if selects else None
         self.pages: LayerPages | None = None
+        self.attention: torch.nn.Module | None = None
         self.clock: StageClock
         self._looking: list[tuple[PagedSequence, Sequence[int]]] = []  # rows that have asked for all they want
         self._n_asking = 0
@@ -334,7 +336,9 @@ class PagedLayer(CacheLayerMixin):
             choice = choose_pages(self.pages.scores(sequence.lane, grouped), len(pages), pinned, n_attended, per_head)
             pages, heads = choice.pages, choice.heads
             self.cache.recorder.spent(self.layer_idx, "select", self.clock.since(started))
-        return PageReading(sequence.resolve(pages, pinned, partial(self._look_ahead, sequence)), heads)
+        look_ahead = partial(self._look_ahead, sequence)
+        may_skip = query is not None and self.cache.phase == "decode"
+        return PageReading(sequence.resolve(pages, pinned, look_ahead, may_skip), heads)
 
     def _look_ahead(self, sequence: PagedSequence, wanted: Sequence[int]) -> None:
         """Look ahead once nothing is left to ask for in any row: copies are first come, first served, and what a row

@@ -12,24 +12,17 @@ what is not there moves, which is the least any policy can do. `access_order` ch
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
+from cache_settings import Paging
 from page_store import PageStore, Ticket
 from page_table import PageTable
 from recorder import Recorder
 from registry import POLICIES
-from run_specs import Paging
+from resolution import LooksAhead, Resolution
 from shadow_lru import ShadowLRU
-
-
-class LooksAhead(Protocol):
-    """Told when all pages of a request are there or on their way, so that the link has time."""
-
-    def __call__(self, wanted: Sequence[int]) -> None: ...
 
 
 class PagedSequence:
@@ -46,17 +39,21 @@ class PagedSequence:
         n_tokens: positions stored; padding is not.
         holes: positions of the context that are not stored, ascending.
         host_rows: where each sealed page lies on the host.
+        arriving: the copies of staged pages that no request has taken up yet: pages copied ahead, and pages that a step
+            did without (`_demanded`). They stay until they are asked for, or their slot is needed.
     """
 
     def __init__(self, lane: int, paging: Paging, store: PageStore, recorder: Recorder, layer_idx: int):
         self.lane, self.paging, self.store, self.recorder, self.layer_idx = lane, paging, store, recorder, layer_idx
         policy = POLICIES.create(paging.policy)
         self.table = PageTable(paging.max_gpu_pages, paging.staging_pages, policy, first_slot=lane * paging.slots)
-        self.shadow = ShadowLRU(paging.max_gpu_pages)
+        self.shadows = ShadowLRU(paging.max_gpu_pages), ShadowLRU(paging.slots)
         self.n_tokens = 0
         self.holes: list[int] = []
         self.host_rows: list[int] = []
         self.arriving: dict[int, Ticket] = {}
+        self._demanded: set[int] = set()
+        self._evicted_for_prefetch: set[int] = set()
         self._unread_mass: tuple[Sequence[int], Callable[[], list[float]]] | None = None
 
     @property
@@ -97,8 +94,11 @@ class PagedSequence:
     def _open(self, page: int) -> int:
         """A slot for a page that does not exist yet, by eviction if need be."""
         pinned = self._pinned_of(page + 1)
+        if not self.table.makes_room:
+            self.give_up_one(pinned)
         slot, evicted = self.table.open(page, pinned)
-        self.shadow.insert(page, pinned)
+        for shadow in self.shadows:
+            shadow.insert(page, pinned)
         if evicted is not None:
             self.count(evictions=1)
         self.recorder.waited(self.layer_idx, self.store.await_slot(slot))
@@ -117,7 +117,9 @@ class PagedSequence:
         for page in [page for page in self.arriving if page >= n_pages]:
             self._give_up(page)
         self.table.truncate(n_pages)
-        self.shadow.truncate(n_pages)
+        for shadow in self.shadows:
+            shadow.truncate(n_pages)
+        self._evicted_for_prefetch = {page for page in self._evicted_for_prefetch if page < n_pages}
         self._unread_mass = None
         if fill and kept_sealed < self.n_sealed:
             self._reopen(kept_sealed, n_pages)
@@ -130,22 +132,27 @@ class PagedSequence:
         """Make a sealed page resident and writable: no copy reads or writes its slot any more."""
         pinned = self._pinned_of(n_pages)
         if self.table.slot(page) is None:
+            if not self.table.makes_room:
+                self.give_up_one(pinned)
             slot, evicted = self.table.stage(page, pinned)
             self.arriving[page] = self.fetch([page], [slot])
             self.count(h2d_pages=1, evictions=int(evicted is not None))
         elif page in self.table.staged:
-            self.count(prefetch_on_time=1)
+            self.count(prefetch_on_time=self.taken_up(page))
         if page in self.table.staged:
             self.recorder.waited(self.layer_idx, self.arriving.pop(page).wait())
             self.count(evictions=int(self.table.admit(page, pinned) is not None))
-        self.shadow.insert(page, pinned)
+        for shadow in self.shadows:
+            shadow.insert(page, pinned)
         self.store.await_slot(self.table.resident[page])
 
     def clear(self) -> None:
         """Forget every position."""
         self.drop()
         self.table.clear()
-        self.shadow.clear()
+        for shadow in self.shadows:
+            shadow.clear()
+        self._evicted_for_prefetch.clear()
         self.n_tokens, self.holes, self._unread_mass = 0, [], None
 
     def fork(self, lane: int) -> PagedSequence:
@@ -153,7 +160,7 @@ class PagedSequence:
         as they never change. What was on its way to this sequence only is not copied."""
         other = PagedSequence(lane, self.paging, self.store, self.recorder, self.layer_idx)
         other.table = self.table.fork(other.table.first_slot)
-        other.shadow = self.shadow.copy()
+        other.shadows = tuple(shadow.copy() for shadow in self.shadows)
         other.n_tokens, other.holes, other.host_rows = self.n_tokens, list(self.holes), list(self.host_rows)
         other._unread_mass = self._unread_mass
         for row in other.host_rows:
@@ -170,50 +177,72 @@ class PagedSequence:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def prefetch(self, ranked: Sequence[int], limit: int) -> None:
-        """Start copying the first `limit` of these pages that are not on the device, into free slots only, so fewer
-        when slots run out.
+    def absent(self, page: int) -> bool:
+        """Whether a page would have to be copied: it is full, and neither on the device nor on its way."""
+        return 0 <= page < self.n_sealed and self.table.slot(page) is None
+
+    def prefetch(self, pages: Sequence[int], guessed: Collection[int], may_evict: bool = False) -> None:
+        """Start copying pages ahead of need, as far as there are slots for them: free ones, those of pages that were
+        copied ahead and are no longer guessed, and if `may_evict` those of resident pages that are not guessed.
 
         Args:
-            ranked: page ids, most wanted first; ids that are no sealed page are passed over.
+            pages: absent page ids, most wanted first.
+            guessed: all pages that are expected to be wanted, which are not given up for these.
         """
-        free = min(limit, len(self.table.free_slots))
-        absent = [page for page in dict.fromkeys(ranked) if 0 <= page < self.n_sealed and self.table.slot(page) is None]
-        chosen = absent[:free]
+        kept = {*guessed, *self.pinned_pages()}
+        chosen: list[int] = []
+        slots: list[int] = []
+        for page in pages:
+            if not (self.table.free_slots or self.give_up_one(kept) or (may_evict and self._evict_for_prefetch(kept))):
+                break
+            slots.append(self.table.stage(page, ())[0])
+            chosen.append(page)
         if chosen:
-            ticket = self.fetch(chosen, [self.table.stage(page, ())[0] for page in chosen])
-            self.arriving.update(dict.fromkeys(chosen, ticket))
+            self.arriving.update(dict.fromkeys(chosen, self.fetch(chosen, slots)))
             self.count(h2d_pages=len(chosen), prefetch_issued=len(chosen))
 
-    def resolve(self, wanted: Sequence[int], pinned: set[int], look_ahead: LooksAhead) -> Iterable[dict[int, int]]:
+    def _evict_for_prefetch(self, kept: Collection[int]) -> bool:
+        if all(page in kept for page in self.table.resident):
+            return False
+        self._evicted_for_prefetch.add(self.table.evict(kept))
+        self.count(evictions=1)
+        return True
+
+    def resolve(
+        self, wanted: Sequence[int], pinned: set[int], look_ahead: LooksAhead, may_skip: bool = False
+    ) -> Iterable[dict[int, int]]:
         """Ask for pages.
 
         Args:
             wanted: page ids, each once.
             pinned: pages that stay resident whatever happens.
             look_ahead: called once, when every wanted page is there or on its way.
+            may_skip: whether `on_miss` applies, under which pages that are not there may be left out.
 
         Returns:
             Waves of `{page: slot}`, as in `Resolution`.
         """
         self._tell_policy()
-        kept = set(wanted)
-        for page in [page for page in self.arriving if page not in kept]:
-            self._give_up(page)
         as_set = self.paging.access_order == "resident_first"
         order = wanted if as_set else sorted(wanted)
         self.recorder.asked(self.layer_idx, self.lane, order, self.table.resident)
+        plain, of_all_slots = (shadow.ask(order, pinned, as_set) for shadow in self.shadows)
         self.count(
             must_move=max(0, len(order) - self.table.max_resident),
-            shadow_hits=self.shadow.ask(order, pinned, as_set),
+            shadow_hits=len(plain),
+            shadow_slots_hits=len(of_all_slots),
         )
-        return Resolution(self, order, pinned, look_ahead) if as_set else self._one_by_one(order, pinned, look_ahead)
+        if not as_set:
+            return self._one_by_one(order, pinned, plain, look_ahead)
+        return Resolution(self, order, pinned, plain, look_ahead, skips=may_skip and self.paging.on_miss == "skip")
 
-    def _one_by_one(self, order: Sequence[int], pinned: set[int], look_ahead: LooksAhead) -> Iterator[dict[int, int]]:
+    def _one_by_one(
+        self, order: Sequence[int], pinned: set[int], lru_held: Collection[int], look_ahead: LooksAhead
+    ) -> Iterator[dict[int, int]]:
         """Naive paging: no page is asked for before the one before it has been attended."""
         for page in order[:-1]:
-            yield from Resolution(self, [page], pinned)
-        yield from Resolution(self, order[-1:], pinned, lambda _: look_ahead(order))
+            yield from Resolution(self, [page], pinned, lru_held, request=order)
+        yield from Resolution(self, order[-1:], pinned, lru_held, lambda _: look_ahead(order))
 
     def attended(self, pages: Sequence[int], mass: Callable[[], list[float]]) -> None:
         """Note each page's share of a decode step's attention, for a policy that goes by it. It is read when pages are
@@ -225,11 +254,37 @@ class PagedSequence:
             (pages, mass), self._unread_mass = self._unread_mass, None
             self.table.policy.observe(dict(zip(pages, mass(), strict=True)))
 
+    def fetched_for_later(self, pages: Sequence[int], ticket: Ticket) -> None:
+        """A step does without these pages, whose copies it has asked for."""
+        self._demanded.update(pages)
+        self.arriving.update(dict.fromkeys(pages, ticket))
+
+    def taken_up(self, page: int) -> bool:
+        """A request asks for a page in `arriving`; whether that page was copied ahead."""
+        ahead = page not in self._demanded
+        self._demanded.discard(page)
+        return ahead
+
+    def give_up_one(self, kept: Collection[int]) -> bool:
+        """Free the slot of the page that has been in `arriving` longest and is not in `kept`; whether there was one."""
+        page = next((page for page in self.arriving if page not in kept), None)
+        if page is None:
+            return False
+        self._give_up(page)
+        return True
+
     def _give_up(self, page: int) -> None:
-        """Free the slot of a page that was copied ahead and is not asked for."""
+        """Free the slot of a page in `arriving`. A copy under way is not stopped, which no bus can; the slot is only
+        written to by what is asked for later, and so copied later."""
         self.table.unstage(page)
         del self.arriving[page]
-        self.count(prefetch_wasted=1)
+        self.count(prefetch_wasted=self.taken_up(page))
+
+    def missed(self, pages: Collection[int]) -> None:
+        """A request found these pages absent."""
+        if self._evicted_for_prefetch:
+            self.count(pollution=len(self._evicted_for_prefetch.intersection(pages)))
+            self._evicted_for_prefetch.difference_update(pages)
 
     def fetch(self, pages: Sequence[int], slots: Sequence[int]) -> Ticket:
         """Start copying sealed pages into slots, as one transfer."""
@@ -240,96 +295,3 @@ class PagedSequence:
 
     def count(self, **counts: float) -> None:
         self.recorder.count(self.layer_idx, **counts)
-
-
-class Resolution:
-    """A request for pages: starts the copies it needs, and gives the pages in waves.
-
-    Iterating gives `{page: slot}` of pages that may be attended now. Asking for the next wave says that the last one
-    has been attended, so that its pages may be evicted for others. Until then a page is pinned: it is never evicted
-    between being found and being attended.
-
-    Args: as for `PagedSequence.resolve`.
-    """
-
-    def __init__(
-        self, sequence: PagedSequence, wanted: Sequence[int], pinned: set[int], look_ahead: LooksAhead | None = None
-    ):
-        self.sequence, self.table, self.wanted = sequence, sequence.table, wanted
-        self.look_ahead, self.always_pinned = look_ahead, pinned
-        self.pinned = pinned | set(wanted)
-        self.ready: list[int] = []
-        self.missing: deque[int] = deque()
-        self.under_way: deque[tuple[Ticket, list[int], int]] = deque()  # copy, its pages, how many were prefetched
-        self._find()
-        self._fetch_missing()
-
-    def __iter__(self) -> Iterator[dict[int, int]]:
-        if self.ready:
-            yield self._slots(self.ready)
-            self._release(self.ready)
-        while self.under_way:
-            pages = self._next_arrivals()
-            yield self._slots(pages)
-            self._release(pages)
-
-    def _find(self) -> None:
-        """Sort the wanted pages into hits, misses and those still on their way, which are counted as they are waited
-        for: on CUDA only the device knows whether it had to wait."""
-        late: dict[int, tuple[Ticket, list[int]]] = {}
-        on_time = 0
-        for page in self.wanted:
-            if page in self.table.resident:
-                self.table.touch(page)
-                self.ready.append(page)
-            elif page not in self.table.staged:
-                self.missing.append(page)
-            elif (ticket := self.sequence.arriving.pop(page)).done():
-                ticket.wait()  # takes no time, but raises if the copy failed
-                self.ready.append(page)
-                on_time += 1
-            else:
-                late.setdefault(id(ticket), (ticket, []))[1].append(page)
-        self.under_way.extend((ticket, pages, len(pages)) for ticket, pages in late.values())
-        self.sequence.count(hits=len(self.ready), misses=len(self.missing), prefetch_on_time=on_time)
-
-    def _fetch_missing(self) -> None:
-        """Start copying as many missing pages as there are slots for, as one transfer."""
-        pages: list[int] = []
-        slots: list[int] = []
-        evictions = 0
-        while self.missing and self.table.can_stage(self.pinned):
-            slot, evicted = self.table.stage(self.missing[0], self.pinned)
-            pages.append(self.missing.popleft())
-            slots.append(slot)
-            evictions += evicted is not None
-        if pages:
-            self.under_way.append((self.sequence.fetch(pages, slots), pages, 0))
-            self.sequence.count(h2d_pages=len(pages), evictions=evictions)
-        if not self.missing and self.look_ahead is not None:
-            self.look_ahead(self.wanted)
-
-    def _next_arrivals(self) -> list[int]:
-        """Wait for the oldest copy, and take along those that have arrived with it."""
-        pages: list[int] = []
-        while not pages or (self.under_way and self.under_way[0][0].done()):
-            ticket, arrived, n_prefetched = self.under_way.popleft()
-            self.sequence.recorder.waited(self.sequence.layer_idx, ticket.wait(), n_prefetched)
-            pages += arrived
-        return pages
-
-    def _release(self, pages: Sequence[int]) -> None:
-        """These pages have been attended: those that were staged become resident, and room is made for the next."""
-        self.pinned.difference_update(page for page in pages if page not in self.always_pinned)
-        evictions = 0
-        for page in pages:
-            if page in self.table.staged:
-                evictions += self.table.admit(page, self.pinned) is not None
-        if evictions:
-            self.sequence.count(evictions=evictions)
-        if self.missing:
-            self._fetch_missing()
-
-    def _slots(self, pages: Sequence[int]) -> dict[int, int]:
-        resident, staged = self.table.resident, self.table.staged
-        return {page: resident[page] if page in resident else staged[page] for page in pages}

@@ -110,7 +110,7 @@ def _paged_sizes(spec: RunSpec, shape: ModelShape, per_token: int, device: str) 
     paging = spec.paging
     n_pages = -(-(spec.context_length + spec.max_new_tokens - 1) // paging.page_size)
     page_of_all_layers = per_token * paging.page_size * spec.batch_size
-    dense = 1.0 if paging.exact else min(1.0, paging.dense_layers / shape.n_layers)  # of the paged layers, about
+    dense = 1.0 if not paging.selects else min(1.0, paging.dense_layers / shape.n_layers)  # of the paged layers, about
     attended = (
         (dense, n_pages),
         (1.0 - dense, paging.n_attended(n_pages)),

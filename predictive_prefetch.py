@@ -1,34 +1,47 @@
 """Mode 3, predictive: the paged cache, with pages copied ahead of need.
 
 While one layer computes, the link is free. When a layer's own pages are all there or on their way, a predictor names
-the pages that the *next* layer will ask for, and the first `prefetch_k` of them that are not on the device start to
-travel, into free slots of that layer. When it then asks, it finds them there (on time) or on their way (late), and
-waits less.
+the pages that a later layer will ask for (the next one, or `lookahead` layers on); of the best of them, those that are
+not on the device and are worth a copy (prefetch_threshold.py) start to travel, at most `prefetch_k`. When that layer
+then asks, it finds them there (on time) or on their way (late), and waits less.
 
 Prefetch moves bytes earlier and changes nothing else: which pages are attended to is the selector's choice, made when
-the layer asks. So tokens are the same as without it, whatever is predicted. A page that was predicted and not asked for
-gives its slot back, and its bytes are counted as wasted.
+the layer asks. So tokens are the same as without it, whatever is predicted.
+
+A page that was copied ahead and not asked for stays where it is until its slot is needed, as the next step may ask for
+it; then its bytes are counted as wasted. What can be on its way at a time is bounded by the slots: copies ahead take
+free ones and those of pages no longer guessed, and never the slot of a page that is wanted now.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from cache_settings import PrefetchSpec, prefetch_conflicts
 from component_cli import demonstrate
-from generation import measured_run
+from fading import Guesses
+from generation import generate, measured_run
 from kv_paging import MeasuredPagedCache, PagedKVCache
 from metrics import RunResult, Timing, prefetch_figures
 from models import LoadedModel
 from page_predictors import Predictor
+from page_selection import page_shares
+from paged_attention import group_heads
 from paged_layer import DecodeAttention, PagedLayer
 from paged_sequence import PagedSequence
+from prefetch_threshold import ConfidenceThreshold
+from query_foresight import QueryForesight
+from recorder import PageRequest
 from registry import PREDICTORS
 from run_specs import RunSpec
+from workloads import TokenRows, prompt_tokens
 
 
 class PrefetchingKVCache(PagedKVCache):
@@ -36,61 +49,130 @@ class PrefetchingKVCache(PagedKVCache):
 
     Args:
         config: the model's config.
-        predictor: a registered name, `"module:Class"`, or `{"name": ..., parameters}`.
-        prefetch_k: most pages to copy ahead for one layer of one sequence at a time.
+        predictor, prefetch_k, overfetch, lookahead, min_confidence, prefetch_evicts: see `cache_settings.PrefetchSpec`.
         **paging: as for `PagedKVCache`.
 
     Raises:
-        ValueError: `prefetch_k` exceeds `staging_pages`, the slots that pages can travel to.
+        ValueError: a setting is out of range, or two contradict each other, as when `prefetch_k` exceeds
+            `staging_pages`, the slots that pages can travel to.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        *,
-        predictor: str | Mapping[str, Any] = "layer_ahead",
-        prefetch_k: int = 4,
-        **paging: Any,
-    ):
-        super().__init__(config, **paging)
-        if not 1 <= prefetch_k <= self.paging.staging_pages:
-            raise ValueError(f"prefetch_k={prefetch_k} must be between 1 and staging_pages={self.paging.staging_pages}")
-        PREDICTORS.create(predictor)  # a wrong name or parameter is found now, not in the first decode step
-        self._made_of = config, {"predictor": predictor, "prefetch_k": prefetch_k, **paging}
-        self.predictor, self.prefetch_k = predictor, prefetch_k
+    def __init__(self, config: Any, **settings: Any):
+        given = {name: settings[name] for name in settings if name in PrefetchSpec.__dataclass_fields__}
+        super().__init__(config, **{name: value for name, value in settings.items() if name not in given})
+        self._made_of = config, settings
+        self.prefetching = PrefetchSpec(**given)
+        PREDICTORS.create(self.prefetching.predictor)  # a wrong name or parameter is found now, not in a decode step
+        self._needs_scores = PREDICTORS.asks_for(self.prefetching.predictor, "needs_scores")
+        for _, conflict in prefetch_conflicts(self.prefetching, self.paging, self._needs_scores):
+            raise ValueError(conflict)
+        self._foresight = QueryForesight(self) if self._needs_scores else None
+        self._later_layer = self._layers_ahead(self.prefetching.lookahead)
+        self._forget_guesses()
+
+    def _layers_ahead(self, n: int) -> dict[int, tuple[PagedLayer, int]]:
+        """For each layer the one `n` paged layers on, and how many decode steps later that is."""
+        layers = self.paged_layers
+        later = [divmod(place + n, len(layers)) for place in range(len(layers))]
+        return {layer.layer_idx: (layers[place], steps) for layer, (steps, place) in zip(layers, later, strict=True)}
+
+    def _forget_guesses(self) -> None:
+        self.threshold = ConfidenceThreshold(self.prefetching.min_confidence)
         self._predictors: dict[int, Predictor] = {}
-        following = self.paged_layers[1:] + self.paged_layers[:1]
-        self._next_layer = dict(zip((layer.layer_idx for layer in self.paged_layers), following, strict=True))
+        self._n_asked: dict[tuple[int, int], int] = {}
+        self._step_began: tuple[float, float] | None = None
 
     def reset(self) -> None:
         super().reset()
-        self._predictors.clear()
+        self._forget_guesses()
+
+    @contextmanager
+    def attached(self, model: Any) -> Iterator[PrefetchingKVCache]:
+        with super().attached(model):
+            if self._foresight is None:
+                yield self
+            else:
+                with self._foresight.watching(model):
+                    yield self
 
     @property
     def _step(self) -> int:
         """Number of the decode step under way, from 0."""
         return self.n_decode_steps - 1
 
+    def _begin_step(self, n_new: int) -> None:
+        super()._begin_step(n_new)
+        if self.phase == "decode":
+            self.threshold.begin_step(self._link_load())
+
+    def _link_load(self) -> float | None:
+        """The share of the time since the last decode step began that the busiest link has spent moving pages."""
+        now, busy_ms = time.perf_counter(), [transport.busy_ms_so_far() for transport in self._transports.values()]
+        before, self._step_began = self._step_began, (now, max(busy_ms, default=0.0))
+        if before is None or self._step == 0:
+            return None
+        return (self._step_began[1] - before[1]) / (1000.0 * (now - before[0]))
+
     def look_ahead(self, layer: PagedLayer, sequence: PagedSequence, wanted: Sequence[int]) -> None:
-        """The link has time: copy ahead for the next layer (after the last one, the first one of the next step)."""
+        """The link has time: copy ahead for a later layer (after the last one, for those of the next step)."""
         if self.phase != "decode":
             return
-        following = self._next_layer[layer.layer_idx]
-        if following.n_rows <= sequence.lane:  # the first tokens of all: the next layer has no pages yet
+        started = time.perf_counter()
+        asker = (layer.layer_idx, sequence.lane)
+        self.threshold.judge(asker, wanted)
+        self._n_asked[asker] = len(wanted)
+        later, steps = self._later_layer[layer.layer_idx]
+        if later.n_rows <= sequence.lane:  # the first tokens of all: the later layer has no pages yet
             return
-        wraps = following is self.paged_layers[0]
         predictor = self._predictor(sequence)
         with self._naming_the_predictor():
             predictor.want(layer.layer_idx, self._step, wanted)
-            guesses = predictor.predict(following.layer_idx, self._step + wraps)
-        following.pages.sequences[sequence.lane].prefetch([page for page, _ in guesses], self.prefetch_k)
+            if self._foresight is not None and steps == 0:
+                self._hint(predictor, layer, later, sequence.lane)
+            guesses = list(predictor.predict(later.layer_idx, self._step + steps))
+        pages = self._plan_copies(later, sequence.lane, guesses)
+        self._spent_predicting(layer, started)
+        if pages:
+            theirs = later.pages.sequences[sequence.lane]
+            theirs.prefetch(pages, {page for page, _ in guesses}, self.prefetching.prefetch_evicts)
+
+    def _plan_copies(self, later: PagedLayer, lane: int, guesses: Guesses) -> list[int]:
+        """The pages to copy ahead for a later layer: of its best guesses those that are absent and worth a copy."""
+        theirs = later.pages.sequences[lane]
+        if self.prefetching.overfetch is not None:
+            asked_before = self._n_asked.get((later.layer_idx, lane), self.paging.n_attended(theirs.n_pages))
+            del guesses[math.ceil(self.prefetching.overfetch * asked_before) :]
+        absent = {page: confidence for page, confidence in reversed(guesses) if theirs.absent(page)}
+        in_order = list(reversed(absent.items()))
+        worth_it = self.threshold.worth_copying((later.layer_idx, lane), in_order)
+        self.recorder.count(later.layer_idx, prefetch_declined=len(absent) - len(worth_it))
+        return worth_it[: self.prefetching.prefetch_k]
+
+    def _hint(self, predictor: Predictor, layer: PagedLayer, later: PagedLayer, lane: int) -> None:
+        """Tell the predictor what the selector would make of a later layer's pages, were its input this layer's."""
+        foreseen = self._foresight.query(later.attention, given_to=layer.attention)
+        if foreseen is None or later.selector is None:
+            return
+        query, scale = foreseen
+        theirs = later.pages.sequences[lane]
+        grouped = group_heads(query[lane : lane + 1], later.pages.kind[1])[0] * scale  # [K, G, D]
+        shares = page_shares(later.pages.scores(lane, grouped)).tolist()
+        pinned = theirs.pinned_pages()
+        free = {page: share for page, share in enumerate(shares) if page not in pinned}
+        n_chosen = max(0, self.paging.n_attended(theirs.n_pages) - len(pinned))
+        predictor.hint(later.layer_idx, self._step, free, n_chosen)
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
         """Tell the predictor what attention looked at."""
         predictor = self._predictor(sequence)
         if getattr(predictor, "needs_mass", True):
+            started = time.perf_counter()
             with self._naming_the_predictor():
                 predictor.observe(layer.layer_idx, self._step, attention.pages, attention.mass)
+            self._spent_predicting(layer, started)
+
+    def _spent_predicting(self, layer: PagedLayer, started: float) -> None:
+        self.recorder.spent(layer.layer_idx, "predict", 1000.0 * (time.perf_counter() - started))
 
     @contextmanager
     def _naming_the_predictor(self) -> Iterator[None]:
@@ -98,34 +180,68 @@ class PrefetchingKVCache(PagedKVCache):
         try:
             yield
         except Exception as error:
-            raise RuntimeError(f"predictor {self.predictor!r} failed: {type(error).__name__}: {error}") from error
+            name = self.prefetching.predictor if isinstance(self.prefetching.predictor, str) else None
+            name = name or self.prefetching.predictor["name"]
+            raise RuntimeError(f"predictor {name!r} failed: {type(error).__name__}: {error}") from error
 
     def rows_selected(self, rows: Sequence[int]) -> None:
         """Let each row's predictor follow it."""
-        old = self._predictors
-        self._predictors = {lane: copy.deepcopy(old[row]) for lane, row in enumerate(rows) if row in old}
+        old, self._predictors = self._predictors, {}
+        for lane, row in enumerate(rows):
+            if row in old:
+                self._predictors[lane] = copy.deepcopy(old[row])
+        self.threshold.forget()
+        self._n_asked.clear()
 
     def figures(self, timing: Timing) -> dict[str, Any]:
         """The result blocks `cache`, `prefetch` and `steps`."""
-        return {**super().figures(timing), "prefetch": prefetch_figures(self.recorder, self.page_bytes)}
+        learnt = {"calibration": self.threshold.calibration.bins(), "thresholds": self.threshold.history}
+        figures = prefetch_figures(self.recorder, self.page_bytes)
+        return {**super().figures(timing), "prefetch": figures | learnt}
 
     def _predictor(self, sequence: PagedSequence) -> Predictor:
         if sequence.lane not in self._predictors:
-            self._predictors[sequence.lane] = PREDICTORS.create(self.predictor)
+            choice = self.prefetching.predictor
+            if PREDICTORS.asks_for(choice, "needs_recording"):
+                choice = {**choice, "sequence": sequence.lane}
+            self._predictors[sequence.lane] = PREDICTORS.create(choice)
         return self._predictors[sequence.lane]
 
 
 def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
     """Page the KV cache and copy pages ahead of need.
 
-    One run; see `generation.measured_run` for `how`.
+    One run; see `generation.measured_run` for `how`. A predictor that needs a recording of the generation gets one:
+    the same is generated once more beforehand, without prefetch, and not measured.
     """
     options = asdict(spec.paging) | asdict(spec.prefetch)
+    if PREDICTORS.asks_for(spec.prefetch.predictor, "needs_recording"):
+        choice = spec.prefetch.predictor
+        given = {"name": choice} if isinstance(choice, str) else dict(choice)
+        options["predictor"] = {**given, "requests": recorded_requests(spec, model, how)}
 
     def make_cache() -> MeasuredPagedCache:
         return MeasuredPagedCache(PrefetchingKVCache(model.model.config, **options), model)
 
     return measured_run(spec, model, make_cache, **how)
+
+
+def recorded_requests(spec: RunSpec, model: LoadedModel, how: Mapping[str, Any]) -> list[PageRequest]:
+    """What the layers ask for in the generation of a run, made without prefetch; `how` as for `run`."""
+    prompt: TokenRows = how.get("prompt") or prompt_tokens(
+        model.tokenizer, model.shape.vocab_size, spec.context_length, spec.batch_size, spec.seed
+    )
+    paging = asdict(replace(spec.paging, record_pages=True))
+    cache = PagedKVCache(model.model.config, **paging)
+    generate(
+        spec,
+        model,
+        MeasuredPagedCache(cache, model),
+        prompt,
+        spec.max_new_tokens,
+        attention_mask=how.get("attention_mask"),
+    )
+    return cache.recorder.requests
 
 
 def main(argv: Sequence[str] | None = None) -> int:

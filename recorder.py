@@ -27,12 +27,16 @@ class StepRecord:
 
     `prefetch_issued` counts copies asked for ahead of need in this step; `prefetch_on_time`, `prefetch_late` and
     `prefetch_wasted` are counted in the step in which the page was used, or dropped without having been used.
-    `must_move` is the least number of pages any policy has to fetch in this step, given the budget. `shadow_hits` are
-    the hits that plain LRU of the same size would have had on the same requests.
+    `prefetch_declined` counts guesses that would have had to be copied and were not worth it. `pollution` counts misses
+    on pages that had been evicted for a prefetch. `skipped` are the accesses, late or missed, that a step did without.
 
-    The time that a step's paging takes, in ms, by stage: `select_ms` choosing the pages to attend to, `stall_ms`
-    waiting for pages, `copy_ms` asking for copies (what the copies themselves take is the link's time), `attend_ms`
-    attention over pages and its merging.
+    `must_move` is the least number of pages any policy has to fetch in this step, given the budget. `shadow_hits` are
+    the hits that plain LRU of the same size would have had on the same requests, `shadow_slots_hits` those of an LRU
+    that held pages in the staging slots too, and `lru_hits` are the hits that were among `shadow_hits`.
+
+    The time that a step's paging takes, in ms, by stage: `select_ms` choosing the pages to attend to, `predict_ms`
+    guessing those of the next, `stall_ms` waiting for pages, `copy_ms` asking for copies (what the copies themselves
+    take is the link's time), `attend_ms` attention over pages and its merging.
     """
 
     step: int
@@ -45,11 +49,17 @@ class StepRecord:
     prefetch_on_time: int = 0
     prefetch_late: int = 0
     prefetch_wasted: int = 0
+    prefetch_declined: int = 0
+    pollution: int = 0
+    skipped: int = 0
     h2d_pages: int = 0
     d2h_pages: int = 0
     must_move: int = 0
     shadow_hits: int = 0
+    shadow_slots_hits: int = 0
+    lru_hits: int = 0
     select_ms: float = 0.0
+    predict_ms: float = 0.0
     stall_ms: float = 0.0
     copy_ms: float = 0.0
     attend_ms: float = 0.0
@@ -120,20 +130,22 @@ class Recorder:
                 for name, amount in counts.items():
                     setattr(record, name, getattr(record, name) + amount)
 
-    def waited(self, layer: int, stall: Stall, n_prefetched: int = 0) -> None:
+    def waited(self, layer: int, stall: Stall, n_early: int = 0, n_prefetched: int = 0) -> None:
         """Add time that computing waited for a copy.
 
         Args:
             stall: milliseconds, or a function that gives them after the run.
-            n_prefetched: pages of that copy that were made ahead and have been asked for; they are late, or hits if it
+            n_early: pages of that copy that were on their way as they were asked for; they are late, or hits if it
                 turns out that nothing had to wait for them.
+            n_prefetched: how many of these a prediction had asked for.
         """
         with self._lock:
             records = self._records(layer)
-            self._add(partial(_add_wait, records, n_prefetched), stall)
+            self._add(partial(_add_wait, records, n_early, n_prefetched), stall)
 
     def spent(self, layer: int, stage: str, time: Stall) -> None:
-        """Add the time of a stage: `"select"` or `"attend"`; in ms, or a function that gives it after the run."""
+        """Add the time of a stage, `"select"`, `"predict"` or `"attend"`; in ms, or a function that gives it after the
+        run."""
         with self._lock:
             records = self._records(layer)
             self._add(partial(_add_time, records, f"{stage}_ms"), time)
@@ -187,14 +199,14 @@ def _add_time(records: Sequence[StepRecord], field: str, milliseconds: float) ->
         setattr(record, field, getattr(record, field) + milliseconds)
 
 
-def _add_wait(records: Sequence[StepRecord], n_prefetched: int, stall_ms: float) -> None:
+def _add_wait(records: Sequence[StepRecord], n_early: int, n_prefetched: int, stall_ms: float) -> None:
     for record in records:
         record.stall_ms += stall_ms
         if stall_ms > EVENT_RESOLUTION_MS:
-            record.late += n_prefetched
+            record.late += n_early
             record.prefetch_late += n_prefetched
         else:
-            record.hits += n_prefetched
+            record.hits += n_early
             record.prefetch_on_time += n_prefetched
 
 

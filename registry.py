@@ -104,6 +104,10 @@ class Registry:
         parameters = {} if isinstance(choice, str) else {k: v for k, v in choice.items() if k != "name"}
         return self.load(choice if isinstance(choice, str) else choice["name"])(**parameters)
 
+    def asks_for(self, choice: str | Mapping[str, Any], feature: str) -> bool:
+        """Whether the part's class sets the attribute `feature`, such as `needs_mass`, to something true."""
+        return bool(getattr(self.load(choice if isinstance(choice, str) else choice["name"]), feature, False))
+
     def refused_parameters(self, choice: str | Mapping[str, Any]) -> dict[str, UnknownName]:
         """The parameters of a choice that its part does not have, each with what to say of it.
 
@@ -188,7 +192,9 @@ PREDICTORS = Registry(
         "ema": "page_predictors:Ema",
         "frequency": "page_predictors:Frequency",
         "ranked": "page_predictors:Ranked",
+        "cross_layer": "page_predictors:CrossLayer",
         "random": "page_predictors:Random",
+        "oracle": "page_predictors:Oracle",
     },
     verbs=("want", "predict", "observe"),
 )

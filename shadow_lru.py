@@ -31,7 +31,7 @@ class ShadowLRU:
         if self.capacity < 1:
             raise ValueError(f"a cache needs room for 1 page at least, not {self.capacity}")
 
-    def ask(self, pages: Sequence[int], pinned: Collection[int], resident_first: bool = True) -> int:
+    def ask(self, pages: Sequence[int], pinned: Collection[int], resident_first: bool = True) -> set[int]:
         """Access all pages of one request.
 
         Args:
@@ -41,23 +41,24 @@ class ShadowLRU:
                 missing ones, which may evict those. Else take page by page, whether kept or missing.
 
         Returns:
-            How many of the pages were hits.
+            The pages that were hits.
         """
         order = self._order
         if resident_first:
+            hits = order.keys() & pages
             missing = []
             for page in pages:
-                if page in order:
+                if page in hits:
                     order.move_to_end(page)
                 else:
                     missing.append(page)
             self._keep(missing, pinned)
-            return len(pages) - len(missing)
-        hits = 0
+            return hits
+        hits = set()
         for page in pages:
             if page in order:
                 order.move_to_end(page)
-                hits += 1
+                hits.add(page)
             else:
                 self._keep((page,), pinned)
         return hits

@@ -9,13 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cache_settings import Paging
 from layer_pages import LayerPages
 from links import MEMORY
 from padding import kept_of, read_padding
 from page_selectors import Quest
 from page_store import ThreadTransport
 from recorder import Recorder
-from run_specs import Paging
 
 N_KV_HEADS, HEAD_DIM = 2, 4
 TRANSPORT = ThreadTransport(MEMORY)

@@ -146,6 +146,7 @@ def test_the_stages_and_the_rest_make_up_decode_on_a_cpu_and_the_host_works_besi
     recorder = Recorder()
     recorder.begin_step("decode")
     recorder.spent(0, "select", 3.0)
+    recorder.spent(0, "predict", 1.0)
     recorder.spent(0, "attend", lambda: 20.0)
     recorder.waited(0, 5.0)
     recorder.count(0, copy_ms=2.0)
@@ -153,8 +154,9 @@ def test_the_stages_and_the_rest_make_up_decode_on_a_cpu_and_the_host_works_besi
     assert cache_figures(recorder, timing, 1, {"kind": "simulated"}, None)["stages"]["attend_ms"] is None
     recorder.settle()
     on_cpu = cache_figures(recorder, timing, 1, {"kind": "simulated"}, None)
-    assert on_cpu["stages"] == {"select_ms": 3.0, "wait_ms": 5.0, "copy_ms": 2.0, "attend_ms": 20.0, "other_ms": 70.0}
-    assert on_cpu["floor"]["compute_ms_per_step"] == 90.0  # 100 without choosing, waiting and asking
+    stages = {"select_ms": 3.0, "predict_ms": 1.0, "wait_ms": 5.0, "copy_ms": 2.0, "attend_ms": 20.0, "other_ms": 69.0}
+    assert on_cpu["stages"] == stages
+    assert on_cpu["floor"]["compute_ms_per_step"] == 89.0  # 100 without choosing, predicting, waiting and asking
     on_cuda = cache_figures(recorder, timing, 1, {"kind": "bus"}, None)
     assert on_cuda["stages"]["other_ms"] is None
     assert on_cuda["floor"]["compute_ms_per_step"] == 92.0
@@ -302,7 +304,7 @@ def test_a_stall_still_on_the_device_is_read_once_and_only_after_the_run():
 def test_pages_made_ahead_are_late_if_computing_had_to_wait_for_them_and_hits_if_not(stall, late, hits):
     recorder = Recorder()
     recorder.begin_step("decode")
-    recorder.waited(1, stall, n_prefetched=2)
+    recorder.waited(1, stall, n_early=2, n_prefetched=2)
     recorder.settle()
     for totals in (recorder.snapshot("decode"), recorder.layer_dicts()[0]):
         assert (totals["late"], totals["prefetch_late"]) == (late, late)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from page_predictors import inclusion_probabilities
+from fading import inclusion_probabilities
 from registry import PREDICTORS, UnknownName
 
 LEARNING = ("ema", "frequency", "ranked", "random")

@@ -15,10 +15,10 @@ from transformers import DynamicCache, FalconConfig
 from transformers.models.falcon import FalconForCausalLM
 
 import hf_attention
+from cache_settings import Paging
 from hf_attention import CannotPage
 from kv_paging import PagedKVCache
 from page_store import TransferFailed
-from run_specs import Paging
 
 SMALL = {"page_size": 16, "max_gpu_pages": 3, "staging_pages": 2, "link": "memory"}
 

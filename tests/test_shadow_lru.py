@@ -52,7 +52,7 @@ class ShadowAgainstList(RuleBasedStateMachine):
     @rule(pages=REQUESTS, pinned=PINNED, resident_first=st.booleans())
     def ask(self, pages, pinned, resident_first):
         expected = self.model.ask(pages, pinned, resident_first)
-        assert self.shadow.ask(pages, pinned, resident_first) == expected
+        assert len(self.shadow.ask(pages, pinned, resident_first)) == expected
 
     @rule(page=PAGES, pinned=PINNED)
     def insert(self, page, pinned):
@@ -86,30 +86,30 @@ test_the_shadow_hits_and_keeps_what_a_list_of_pages_does = ShadowAgainstList.Tes
 @given(accesses=st.lists(PAGES, max_size=60), capacity=st.integers(1, 6))
 def test_page_by_page_the_shadow_hits_what_the_lru_policy_does(accesses, capacity):
     shadow = ShadowLRU(capacity)
-    assert sum(shadow.ask([page], ()) for page in accesses) == n_hits(POLICIES.create("lru"), accesses, capacity)
+    assert sum(len(shadow.ask([page], ())) for page in accesses) == n_hits(POLICIES.create("lru"), accesses, capacity)
 
 
 def test_a_scan_asked_for_as_a_set_hits_all_that_fits_and_page_by_page_nothing():
     scan = list(range(8))
     for resident_first, hits in ((True, 5), (False, 0)):
         shadow = ShadowLRU(5)
-        assert shadow.ask(scan, (), resident_first) == 0
-        assert [shadow.ask(scan, (), resident_first) for _ in range(3)] == [hits] * 3
+        assert len(shadow.ask(scan, (), resident_first)) == 0
+        assert [len(shadow.ask(scan, (), resident_first)) for _ in range(3)] == [hits] * 3
 
 
 def test_pages_of_a_request_may_be_evicted_for_its_missing_ones():
     shadow = ShadowLRU(2)
     shadow.ask([1, 2], ())
-    assert shadow.ask([1, 2, 3], ()) == 2
-    assert shadow.copy().ask([1], ()) == 0
-    assert shadow.ask([2, 3], ()) == 2
+    assert len(shadow.ask([1, 2, 3], ())) == 2
+    assert len(shadow.copy().ask([1], ())) == 0
+    assert len(shadow.ask([2, 3], ())) == 2
 
 
 def test_a_page_for_which_there_is_no_room_is_not_kept():
     shadow = ShadowLRU(2)
     shadow.ask([1, 2], ())
-    assert shadow.ask([3], {1, 2}) == 0
-    assert shadow.ask([1, 2, 3], ()) == 2
+    assert len(shadow.ask([3], {1, 2})) == 0
+    assert len(shadow.ask([1, 2, 3], ())) == 2
 
 
 def test_a_page_opened_by_computation_is_the_most_recent_and_no_access():
@@ -118,8 +118,8 @@ def test_a_page_opened_by_computation_is_the_most_recent_and_no_access():
     shadow.insert(2, ())
     shadow.insert(1, ())
     shadow.insert(3, ())
-    assert shadow.ask([1, 2, 3], ()) == 2
-    assert shadow.ask([2], ()) == 1
+    assert len(shadow.ask([1, 2, 3], ())) == 2
+    assert len(shadow.ask([2], ())) == 1
 
 
 @pytest.mark.parametrize("capacity", [0, -1])

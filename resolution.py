@@ -1,0 +1,169 @@
+"""A request for pages: what is there, what has to be waited for, and in which waves they come.
+
+The wanted pages fall into three kinds. Those on the device are attended at once; meanwhile those under way arrive, and
+the missing ones are copied into whatever slots there are, as one transfer, and wait for slots where there are too few.
+So a context of any length streams through a fixed budget. Under `on_miss: skip` a request gives the first kind only,
+and has the missing pages copied for a later step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
+
+from page_store import Ticket
+from page_table import PageTable
+from recorder import Recorder
+
+
+class LooksAhead(Protocol):
+    """Told when all pages of a request are there or on their way, so that the link has time."""
+
+    def __call__(self, wanted: Sequence[int]) -> None: ...
+
+
+class HasPages(Protocol):
+    """What a request needs of the sequence whose pages it asks for."""
+
+    table: PageTable
+    recorder: Recorder
+    layer_idx: int
+    arriving: dict[int, Ticket]
+
+    def fetch(self, pages: Sequence[int], slots: Sequence[int]) -> Ticket: ...
+    def fetched_for_later(self, pages: Sequence[int], ticket: Ticket) -> None: ...
+    def taken_up(self, page: int) -> bool: ...
+    def give_up_one(self, kept: Collection[int]) -> bool: ...
+    def missed(self, pages: Collection[int]) -> None: ...
+    def count(self, **counts: float) -> None: ...
+
+
+class Resolution:
+    """A request for pages: starts the copies it needs, and gives the pages in waves.
+
+    Iterating gives `{page: slot}` of pages that may be attended now. Asking for the next wave says that the last one
+    has been attended, so that its pages may be evicted for others. Until then a page is pinned: it is never evicted
+    between being found and being attended.
+
+    Args:
+        sequence: whose pages.
+        wanted, pinned, look_ahead: as for `PagedSequence.resolve`.
+        lru_held: the wanted pages that plain LRU would have held.
+        request: all pages of the request that `wanted` is a part of, if it is a part.
+        skips: do without the pages that are not there, and have them copied for a later step.
+    """
+
+    def __init__(
+        self,
+        sequence: HasPages,
+        wanted: Sequence[int],
+        pinned: set[int],
+        lru_held: Collection[int],
+        look_ahead: LooksAhead | None = None,
+        request: Sequence[int] = (),
+        skips: bool = False,
+    ):
+        self.sequence, self.table, self.wanted, self.lru_held = sequence, sequence.table, wanted, lru_held
+        self.look_ahead, self.always_pinned, self.skips = look_ahead, pinned, skips
+        self.pinned = pinned.union(wanted)
+        self.request = self.pinned.union(request)
+        self.ready: list[int] = []
+        self.missing: deque[int] = deque()
+        # Copies with their pages, and how many of these a later step or a prediction had them made for.
+        self.under_way: deque[tuple[Ticket, list[int], int, int]] = deque()
+        self._find()
+        self._fetch_missing()
+
+    def __iter__(self) -> Iterator[dict[int, int]]:
+        if self.ready:
+            yield self._slots(self.ready)
+            self._release(self.ready)
+        while self.under_way:
+            pages = self._next_arrivals()
+            yield self._slots(pages)
+            self._release(pages)
+
+    def _find(self) -> None:
+        """Sort the wanted pages into hits, misses and those still on their way, which are counted as they are waited
+        for: on CUDA only the device knows whether it had to wait."""
+        on_their_way: dict[int, tuple[Ticket, list[int]]] = {}
+        n_on_their_way = on_time = 0
+        for page in self.wanted:
+            if page in self.table.resident:
+                self.table.touch(page)
+                self.ready.append(page)
+            elif page not in self.table.staged:
+                self.missing.append(page)
+            elif (ticket := self.sequence.arriving[page]).done():
+                ticket.wait()  # takes no time, but raises if the copy failed
+                self.sequence.arriving.pop(page)
+                self.ready.append(page)
+                on_time += self.sequence.taken_up(page)
+            else:
+                n_on_their_way += 1
+                on_their_way.setdefault(id(ticket), (ticket, []))[1].append(page)
+        counts = {"hits": len(self.ready), "misses": len(self.missing), "prefetch_on_time": on_time}
+        if self.skips:
+            counts |= {"late": n_on_their_way, "skipped": n_on_their_way + len(self.missing)}
+        else:
+            for ticket, pages in on_their_way.values():
+                for page in pages:
+                    self.sequence.arriving.pop(page)
+                self.under_way.append((ticket, pages, len(pages), sum(map(self.sequence.taken_up, pages))))
+        self.sequence.count(**counts, lru_hits=sum(page in self.lru_held for page in self.ready))
+        self.sequence.missed(self.missing)
+
+    def _fetch_missing(self) -> None:
+        """Start copying as many missing pages as there are slots for, as one transfer."""
+        pages: list[int] = []
+        slots: list[int] = []
+        evictions = 0
+        while self.missing and self._has_room():
+            slot, evicted = self.table.stage(self.missing[0], self.pinned)
+            pages.append(self.missing.popleft())
+            slots.append(slot)
+            evictions += evicted is not None
+        if pages:
+            ticket = self.sequence.fetch(pages, slots)
+            self.sequence.count(h2d_pages=len(pages), evictions=evictions)
+            if self.skips:
+                self.sequence.fetched_for_later(pages, ticket)
+            else:
+                self.under_way.append((ticket, pages, 0, 0))
+        if self.skips:
+            self.missing.clear()
+        if not self.missing and self.look_ahead is not None:
+            self.look_ahead(self.wanted)
+
+    def _has_room(self) -> bool:
+        """Whether a page can be staged: in a free slot, or in that of a page evicted for it, which it is going to evict
+        anyway as it becomes resident; else in that of a page copied ahead that this request does not want."""
+        if self.table.makes_room and self.table.can_stage(self.pinned):
+            return True
+        return self.sequence.give_up_one(self.request) or self.table.can_stage(self.pinned)
+
+    def _next_arrivals(self) -> list[int]:
+        """Wait for the oldest copy, and take along those that have arrived with it."""
+        pages: list[int] = []
+        while not pages or (self.under_way and self.under_way[0][0].done()):
+            ticket, arrived, *n_early = self.under_way.popleft()
+            self.sequence.recorder.waited(self.sequence.layer_idx, ticket.wait(), *n_early)
+            pages += arrived
+        return pages
+
+    def _release(self, pages: Sequence[int]) -> None:
+        """These pages have been attended: those that were staged become resident, and room is made for the next."""
+        self.pinned.difference_update(page for page in pages if page not in self.always_pinned)
+        evictions = 0
+        for page in pages:
+            if page in self.table.staged:
+                evictions += self.table.admit(page, self.pinned) is not None
+        if evictions:
+            self.sequence.count(evictions=evictions)
+        if self.missing:
+            self._fetch_missing()
+
+    def _slots(self, pages: Sequence[int]) -> dict[int, int]:
+        resident, staged = self.table.resident, self.table.staged
+        return {page: resident[page] if page in resident else staged[page] for page in pages}
