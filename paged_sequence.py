@@ -109,6 +109,7 @@ class PagedSequence:
         started = time.perf_counter()
         self.host_rows.append(self.store.seal(slot))
         self.count(d2h_pages=1, copy_ms=1000.0 * (time.perf_counter() - started))
+        self.recorder.copying(self.layer_idx, "seal", self.store.seal_of(self.host_rows[-1]), 1)
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first `n_tokens` stored positions. A page that is then no longer full is open again."""
@@ -132,6 +133,7 @@ class PagedSequence:
         if self.table.slot(page) is None:
             slot, evicted = self.table.stage(page, pinned)
             self.arriving[page] = self.fetch([page], [slot])
+            self.recorder.copying(self.layer_idx, "fetch", self.arriving[page], 1)
             self.count(h2d_pages=1, evictions=int(evicted is not None))
         elif page in self.table.staged:
             self.count(prefetch_on_time=1)
@@ -183,6 +185,7 @@ class PagedSequence:
         if chosen:
             ticket = self.fetch(chosen, [self.table.stage(page, ())[0] for page in chosen])
             self.arriving.update(dict.fromkeys(chosen, ticket))
+            self.recorder.copying(self.layer_idx, "prefetch", ticket, len(chosen))
             self.count(h2d_pages=len(chosen), prefetch_issued=len(chosen))
 
     def resolve(self, wanted: Sequence[int], pinned: set[int], look_ahead: LooksAhead) -> Iterable[dict[int, int]]:
@@ -305,6 +308,7 @@ class Resolution:
             evictions += evicted is not None
         if pages:
             self.under_way.append((self.sequence.fetch(pages, slots), pages, 0))
+            self.sequence.recorder.copying(self.sequence.layer_idx, "fetch", self.under_way[-1][0], len(pages))
             self.sequence.count(h2d_pages=len(pages), evictions=evictions)
         if not self.missing and self.look_ahead is not None:
             self.look_ahead(self.wanted)

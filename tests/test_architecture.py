@@ -64,6 +64,7 @@ LAYERS = (
     "run_specs",
     "metrics",
     "recorder",
+    "timeline",
     "page_predictors",
     "page_selectors",
     "page_policies",
