@@ -42,6 +42,7 @@ LAYERS = (
     "page_selection",
     "paged_attention",
     "page_heatmap",
+    "prefetch_plots",
     "run_plots",
     "plots",
     "reporting",
