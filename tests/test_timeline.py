@@ -169,6 +169,21 @@ class FakeCopy:
         self.moments = lambda: moments or None
 
 
+def test_times_of_a_cpu_end_as_they_are_reported(monkeypatch):
+    timeline = Timeline()
+    timeline.begin_step(3, True, lambda: [50.0])  # in seconds, as a CPU counts
+    monkeypatch.setattr("timeline.time.perf_counter", lambda: 51.0)
+    timeline.spent(2, "select", 100.0)
+    timeline.copying(1, "seal", FakeCopy(50.25, 50.5), 1)
+    assert timeline.spans() == [
+        {"track": "to host", "name": "seal", "layer": 1, "step": 3, "pages": 1, "start_ms": 250.0, "end_ms": 500.0},
+        {
+            **{"track": "compute", "name": "page selection", "layer": 2, "step": 3},
+            **{"start_ms": pytest.approx(900.0), "end_ms": 1000.0},
+        },
+    ]
+
+
 def test_times_of_devices_are_placed_by_their_events_each_device_from_its_own_start():
     recorder = Recorder(timeline=Timeline())
     recorder.begin_step("decode")
