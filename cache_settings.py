@@ -41,6 +41,7 @@ class Paging:
         disk_dir: folder of that file; None for the system's temporary folder.
         link: a name, or a mapping with `bandwidth_gb_s` and `latency_us`; see links.py.
         record_pages: keep which pages each layer asked for at each step, beside the counts.
+        record_timeline: keep when attention, waits and copies of decode steps happened; see timeline.py.
 
     Mappings stay plain dicts, fit for `Registry.create` and JSON; nobody changes one.
 
@@ -65,6 +66,7 @@ class Paging:
     disk_dir: str | None = None
     link: str | Mapping[str, Any] = "auto"
     record_pages: bool = False
+    record_timeline: bool = False
 
     def __post_init__(self):
         for name in ("page_size", "max_gpu_pages", "staging_pages", "recent_pages"):

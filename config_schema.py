@@ -269,6 +269,9 @@ class ReactiveExperiment(Experiment):
     record_pages: bool = Field(
         False, description="Keep in the result which pages each layer asked for at each step, as heat maps need."
     )
+    record_timeline: bool = Field(
+        False, description="Keep in the result when attention, waits and copies of each decode step happened."
+    )
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()

@@ -43,6 +43,8 @@ from paged_sequence import PagedSequence
 from recorder import Recorder
 from registry import POLICIES, SELECTORS, nearest
 from run_specs import RunSpec
+from stage_clock import clock_for
+from timeline import Timeline
 
 
 class PagedKVCache(Cache):
@@ -57,7 +59,8 @@ class PagedKVCache(Cache):
         config: the model's config.
         **paging: the fields of `run_specs.Paging`: `page_size`, `max_gpu_pages`, `staging_pages`, `policy`, `selector`
             with `attention_pages` or `attention_fraction`, `granularity` and `dense_layers`, `sink_pages`,
-            `recent_pages`, `access_order`, `host_pages` and `disk_dir`, `link`, `record_pages`.
+            `recent_pages`, `access_order`, `host_pages` and `disk_dir`, `link`, `record_pages`,
+            `record_timeline`.
 
     Raises:
         CannotPage: the config has layers that hold something other than keys and values, or none with full attention.
@@ -72,7 +75,7 @@ class PagedKVCache(Cache):
         for parts, choice in ((POLICIES, self.paging.policy), (SELECTORS, self.paging.selector)):
             parts.create(choice)  # a wrong name or parameter is found now, not as the first keys come in
         choose_link(self.paging.link, "cpu")
-        self.recorder = Recorder(self.paging.record_pages)
+        self.recorder = Recorder(self.paging.record_pages, Timeline() if self.paging.record_timeline else None)
         self.phase = "prefill"
         self.prompt_tokens: int | None = None
         self._transports: dict[torch.device, Transport] = {}
@@ -142,6 +145,12 @@ class PagedKVCache(Cache):
         self.n_decode_steps += decoding
         self.phase = "decode" if decoding else "prefill"
         self.recorder.begin_step(self.phase)
+        if self.recorder.timeline is not None:
+            self.recorder.timeline.begin_step(len(self.recorder.steps) - 1, decoding, self._now)
+
+    def _now(self) -> list[Any]:
+        """This moment, on the clock of each device."""
+        return [clock_for(device).now() for device in self._transports]
 
     def _require_whole(self) -> None:
         """Refuse a context that only some layers have written, or whose pages something has failed to change."""
@@ -316,6 +325,8 @@ class PagedKVCache(Cache):
         }
         if self.recorder.keep_requests:
             figures["requests"] = self.recorder.request_dicts()
+        if self.recorder.timeline is not None:
+            figures["timeline"] = self.recorder.timeline.spans()
         return {"cache": figures, "steps": self.recorder.step_dicts()}
 
 

@@ -33,6 +33,7 @@ import torch
 
 from host_pages import HostPages
 from links import Link
+from timeline import DeviceTime
 
 SPIN_SECONDS = 2e-4  # time.sleep overshoots by about this much, so the end of a wait is spun
 WORKER_LOOK_SECONDS = 1.0  # how often a wait looks whether the worker thread is still there
@@ -53,6 +54,10 @@ class Ticket(Protocol):
 
     def wait(self) -> float | Callable[[], float]:
         """Make computation wait for the copy; returns the stall in ms, or a function that gives it after the run."""
+        ...
+
+    def moments(self) -> tuple[Any, Any] | None:
+        """When the link began on it and when it had delivered it, as in timeline.py; None before that."""
         ...
 
 
@@ -95,10 +100,14 @@ class _ThreadTicket:
     finished: threading.Event
     worker: threading.Thread
     due: float = 0.0  # perf_counter time before which a simulated link has not delivered
+    began_at: float | None = None
     error: BaseException | None = None
 
     def done(self) -> bool:
         return self.finished.is_set() and time.perf_counter() >= self.due
+
+    def moments(self) -> tuple[float, float] | None:
+        return None if self.began_at is None else (self.began_at, self.due)
 
     def wait(self) -> float:
         if self.done() and self.error is None:
@@ -162,7 +171,7 @@ class ThreadTransport:
         """Book the link for a copy that has just been done, and date its ticket."""
         start = max(asked_at, self._link_free_at[to_device])
         ticket.due = max(start + self.link.transfer_seconds(n_bytes), time.perf_counter())
-        self._link_free_at[to_device] = ticket.due
+        self._link_free_at[to_device], ticket.began_at = ticket.due, start
         if to_device:
             self._busy_seconds += ticket.due - start
 
@@ -204,12 +213,16 @@ def _copy_bytes(destination: torch.Tensor, source: torch.Tensor) -> None:
 
 @dataclass
 class _StreamTicket:
+    start: torch.cuda.Event
     event: torch.cuda.Event
     device: torch.device
     error: None = None  # an error of CUDA ends everything after it
 
     def done(self) -> bool:
         return self.event.query()
+
+    def moments(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        return self.start, self.event
 
     def wait(self) -> float | Callable[[], float]:
         if self.event.query():
@@ -219,7 +232,7 @@ class _StreamTicket:
         before.record(stream)
         stream.wait_event(self.event)
         after.record(stream)
-        return lambda: before.elapsed_time(after)
+        return DeviceTime([(before, after)])
 
 
 class StreamTransport:
@@ -242,7 +255,7 @@ class StreamTransport:
             end.record(self._stream)
         if to_device:
             self._spans.append((start, end))
-        return _StreamTicket(end, self.device)
+        return _StreamTicket(start, end, self.device)
 
     def busy_ms(self) -> float:
         self._stream.synchronize()
@@ -315,6 +328,10 @@ class PageStore:
         self._to_host[slot] = self._sealing[row] = ticket
         return row
 
+    def seal_of(self, row: int) -> Ticket:
+        """The copy that writes a row which was sealed just now."""
+        return self._sealing[row]
+
     def release(self, row: int) -> None:
         """Give a reference to a host row back, also while copies of it are under way: whoever takes the row next writes
         after them, as transports keep the order. That a page given up never arrived is no concern of the next one."""
@@ -339,8 +356,9 @@ class PageStore:
         """
         tickets = [copies.pop(slot) for copies in (self._to_host, self._to_device) if slot in copies]
         stalls = [ticket.wait() for ticket in tickets]
-        if any(callable(stall) for stall in stalls):
-            return lambda: sum(stall() if callable(stall) else stall for stall in stalls)
+        on_device = [stall for stall in stalls if isinstance(stall, DeviceTime)]
+        if on_device:
+            return DeviceTime([pair for stall in on_device for pair in stall.pairs])
         return sum(stalls, 0.0)
 
     def drain(self) -> None:

@@ -109,6 +109,7 @@ class PagedSequence:
         started = time.perf_counter()
         self.host_rows.append(self.store.seal(slot))
         self.count(d2h_pages=1, copy_ms=1000.0 * (time.perf_counter() - started))
+        self.recorder.copying(self.layer_idx, "seal", self.store.seal_of(self.host_rows[-1]), 1)
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first `n_tokens` stored positions. A page that is then no longer full is open again."""
@@ -136,6 +137,7 @@ class PagedSequence:
                 self.give_up_one(pinned)
             slot, evicted = self.table.stage(page, pinned)
             self.arriving[page] = self.fetch([page], [slot])
+            self.recorder.copying(self.layer_idx, "fetch", self.arriving[page], 1)
             self.count(h2d_pages=1, evictions=int(evicted is not None))
         elif page in self.table.staged:
             self.count(prefetch_on_time=self.taken_up(page))
@@ -198,7 +200,9 @@ class PagedSequence:
             slots.append(self.table.stage(page, ())[0])
             chosen.append(page)
         if chosen:
-            self.arriving.update(dict.fromkeys(chosen, self.fetch(chosen, slots)))
+            ticket = self.fetch(chosen, slots)
+            self.arriving.update(dict.fromkeys(chosen, ticket))
+            self.recorder.copying(self.layer_idx, "prefetch", ticket, len(chosen))
             self.count(h2d_pages=len(chosen), prefetch_issued=len(chosen))
 
     def _evict_for_prefetch(self, kept: Collection[int]) -> bool:

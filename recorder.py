@@ -14,7 +14,10 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from timeline import Copy, Timeline
 
 EVENT_RESOLUTION_MS = 0.005  # two CUDA events next to each other are a few microseconds apart
 
@@ -95,11 +98,12 @@ class Recorder:
 
     Args:
         keep_requests: whether each request is kept as it is, in `requests`; else only counts are.
+        timeline: is told when what is counted happened; None if nobody wants to know.
     """
 
-    def __init__(self, keep_requests: bool = False):
+    def __init__(self, keep_requests: bool = False, timeline: Timeline | None = None):
         self._lock = threading.Lock()
-        self.keep_requests = keep_requests
+        self.keep_requests, self.timeline = keep_requests, timeline
         self.reset()
 
     def reset(self) -> None:
@@ -109,6 +113,8 @@ class Recorder:
             self.by_layer: dict[int, StepRecord] = {}
             self.requests: list[PageRequest] = []
             self._unread: list[tuple[Callable[[float], None], Callable[[], float]]] = []
+            if self.timeline is not None:
+                self.timeline.reset()
 
     def begin_step(self, phase: str) -> None:
         """Open the record of the next forward pass; `phase` is `"prefill"` or `"decode"`."""
@@ -139,6 +145,8 @@ class Recorder:
                 turns out that nothing had to wait for them.
             n_prefetched: how many of these a prediction had asked for.
         """
+        if self.timeline is not None:
+            self.timeline.waited(layer, stall)
         with self._lock:
             records = self._records(layer)
             self._add(partial(_add_wait, records, n_early, n_prefetched), stall)
@@ -146,9 +154,16 @@ class Recorder:
     def spent(self, layer: int, stage: str, time: Stall) -> None:
         """Add the time of a stage, `"select"`, `"predict"` or `"attend"`; in ms, or a function that gives it after the
         run."""
+        if self.timeline is not None:
+            self.timeline.spent(layer, stage, time)
         with self._lock:
             records = self._records(layer)
             self._add(partial(_add_time, records, f"{stage}_ms"), time)
+
+    def copying(self, layer: int, name: str, copy: Copy, n_pages: int) -> None:
+        """Note a copy that was asked for, if there is a timeline; see `Timeline.copying`."""
+        if self.timeline is not None:
+            self.timeline.copying(layer, name, copy, n_pages)
 
     def _add(self, add: Callable[[float], None], time: Stall) -> None:
         if callable(time):

@@ -126,6 +126,7 @@ class Resolution:
             evictions += evicted is not None
         if pages:
             ticket = self.sequence.fetch(pages, slots)
+            self.sequence.recorder.copying(self.sequence.layer_idx, "fetch", ticket, len(pages))
             self.sequence.count(h2d_pages=len(pages), evictions=evictions)
             if self.skips:
                 self.sequence.fetched_for_later(pages, ticket)

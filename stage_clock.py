@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from timeline import DeviceTime
+
 
 class StageClock(Protocol):
     """Marks the start of a stage, and gives the time since it."""
@@ -46,9 +48,8 @@ class StreamClock:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def since(self, start: torch.cuda.Event) -> Callable[[], float]:
-        end = self.now()
-        return lambda: start.elapsed_time(end)
+    def since(self, start: torch.cuda.Event) -> DeviceTime:
+        return DeviceTime([(start, self.now())])
 
 
 def clock_for(device: torch.device) -> StageClock:

@@ -445,6 +445,7 @@ WRONG = [
     ("host_pages", "-1", "'host_pages' must be at least 0, found -1"),
     ("disk_dir", "3", "'disk_dir' must be"),
     ("record_pages", "1", "'record_pages' must be true or false, found 1"),
+    ("record_timeline", "1", "'record_timeline' must be true or false, found 1"),
     (
         "link",
         "pcie4",
