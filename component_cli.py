@@ -162,6 +162,7 @@ def _add_paging_flags(parser: argparse.ArgumentParser) -> None:
     pages.add_argument("--staging-pages", type=int, metavar="N", help="slots on top of that, for pages on their way")
     pages.add_argument("--policy", metavar="P", help="which page to evict")
     pages.add_argument("--access-order", metavar="O", help="resident_first or position")
+    pages.add_argument("--on-miss", metavar="O", help="wait for a page that is not there, or skip it in this step")
     pages.add_argument("--host-pages", type=int, metavar="N", help="pages in host memory; later ones go to disk")
     pages.add_argument("--disk-dir", metavar="DIR", help="folder for those on disk")
     pages.add_argument("--link", type=_link_choice, metavar="L", help="on a CPU: a preset, memory, or a number of GB/s")
@@ -177,12 +178,19 @@ def _add_prefetch_flags(parser: argparse.ArgumentParser) -> None:
     ahead = parser.add_argument_group("copying ahead")
     ahead.add_argument("--predictor", metavar="P", help="which pages to copy ahead")
     ahead.add_argument("--prefetch-k", type=int, metavar="N", help="how many pages, for one layer")
+    ahead.add_argument("--overfetch", type=float, metavar="M", help="times what a layer reads: how many guesses to try")
+    ahead.add_argument("--lookahead", type=int, metavar="N", help="how many layers ahead")
+    ahead.add_argument(
+        "--min-confidence", type=_number_or_name, metavar="C", help="of a guess worth a copy: adaptive, or 0 to 1"
+    )
+    evicts = "let a guess take the place of a resident page"
+    ahead.add_argument("--prefetch-evicts", action="store_const", const=True, help=evicts)
 
 
 PAGING_FLAGS = (
-    *("page_size", "max_gpu_pages", "staging_pages", "policy", "access_order", "host_pages", "disk_dir"),
+    *("page_size", "max_gpu_pages", "staging_pages", "policy", "access_order", "on_miss", "host_pages", "disk_dir"),
     *("link", "selector", "attention_pages", "attention_fraction", "granularity", "dense_layers", "predictor"),
-    *("prefetch_k",),
+    *("prefetch_k", "overfetch", "lookahead", "min_confidence", "prefetch_evicts"),
 )
 
 
