@@ -37,6 +37,17 @@ def check_writable(output: Path | None, flag: str = "--output") -> None:
     _check_folder_to_be(output.absolute().parent, f"{flag} {output}")
 
 
+def check_folder(folder: Path, flag: str) -> None:
+    """The same for a folder that files go to, which need not be there yet.
+
+    Raises:
+        ValueError: it is a file, or it cannot be written to or made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} {folder} is a file; name a folder")
+    _check_folder_to_be(folder.absolute(), f"{flag} {folder}")
+
+
 def _check_folder_to_be(folder: Path, named: str) -> None:
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
@@ -102,6 +113,19 @@ def _draw_heat_map(result: RunResult, path: Path) -> list[Path]:
     return [draw_page_heatmap(result.cache["requests"], path, title_of(result))]
 
 
+def _draw_plots(result: RunResult, folder: Path) -> list[Path]:
+    from prefetch_plots import draw_prefetch_plots
+
+    return draw_prefetch_plots(result.to_dict(), folder)
+
+
+def _draw_trace(result: RunResult, path: Path) -> list[Path]:
+    from timeline import write_chrome_trace
+
+    write_chrome_trace(path, result.cache["timeline"], title_of(result))
+    return [path]
+
+
 DRAWINGS = (
     Drawing(
         name="heat_map",
@@ -111,5 +135,23 @@ DRAWINGS = (
         needs="record_pages",
         check=check_png,
         draw=_draw_heat_map,
+    ),
+    Drawing(
+        name="trace",
+        metavar="FILE.json",
+        help="write when layers computed, waited and copied, for chrome://tracing or ui.perfetto.dev",
+        modes=PAGED_MODES,
+        needs="record_timeline",
+        check=check_writable,
+        draw=_draw_trace,
+    ),
+    Drawing(
+        name="plots",
+        metavar="DIR",
+        help="draw how prediction and prefetch went, four plots",
+        modes=("predictive",),
+        needs="record_timeline",
+        check=check_folder,
+        draw=_draw_plots,
     ),
 )
