@@ -234,7 +234,7 @@ def _predictors_legend(results: Variants) -> str:
     known = f"Of the same requests, {', '.join(rates)}. " if rates else ""
     bound = f" {BOUND} knows what will be asked for: the bound for this prefetch_k." if BOUND in results else ""
     return (
-        f"{known}Hits: pages there when asked for. Prefetch: the part of them that plain LRU would have missed. Over"
+        f"{known}Hits: pages there when asked for. Not LRU's: the part of them that plain LRU would have missed. Over"
         " LRU, slots: hits above those of the two LRUs, in points. Acc: used of those issued. Cov: prefetched of those"
         " that had to move. Time: there in time of those used. Waste: MiB copied for nothing. Predict: ms per token."
         f" {UNPREDICTED} is reactive paging.{bound}"
@@ -252,7 +252,7 @@ PREDICTORS_COMPARED = SideBySide(
     plural="predictors",
     columns=(  # 80 characters at most: no cell takes more than five, and a longer name wraps
         Column("hits\n%", _of_cache("hit_rate"), short),
-        Column("pre-\nfetch", lambda run: percent(run.cache.get("prefetched_hits"), run.cache["accesses"]), short),
+        Column("not\nLRU's", lambda run: percent(run.cache.get("prefetched_hits"), run.cache["accesses"]), short),
         Column("over\nLRU", _of_cache("gain_over_lru"), signed),
         Column("over\nslots", _of_cache("gain_over_lru_all_slots"), signed),
         Column("acc\n%", _of_prefetch("accuracy"), short),
