@@ -4,6 +4,7 @@
     python -m kv_paging              a paged generation beside the same one with transformers' own cache
     python -m kv_paging --compare-policies    the same with every replacement policy, in one table
     python -m predictive_prefetch    the same, with pages copied ahead
+    python -m predictive_prefetch --compare-predictors    the same with every predictor, in one table
 
 A `--config` file holds one experiment with the keys of the YAML list; a flag that is given overrides its key, and a
 flag that is not given never does.
@@ -13,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -24,17 +24,18 @@ from typing import Any
 from rich.console import Console
 
 from cache_settings import is_exact
-from component_tables import choice_text, figures_table, policies_table
+from component_tables import figures_table
 from experiments import MODE_CLASSES, Experiment, load_experiment, override
 from generation import HFCache, generate
 from host_pages import DiskTierFailed
 from metrics import RunResult
 from models import LoadedModel, ModelUnavailable, load_model
-from page_heatmap import draw_page_heatmap
+from output_files import Drawing, check_writable, drawings_of
 from planning import fit_positions
-from registry import POLICIES
 from run_specs import RunSpec, expand
 from utils import is_out_of_memory, write_json
+from variant_runs import EachPart
+from variant_tables import POLICIES_COMPARED, PREDICTORS_COMPARED, SideBySide, variants_table
 from workloads import TokenRows, encode_prompts, prompt_tokens
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,6 @@ log = logging.getLogger(__name__)
 DEMONSTRATION = {"context_lengths": [1000], "num_runs": 1, "max_new_tokens": 50, "page_size": 128, "max_gpu_pages": 4}
 DEFAULT_FRACTION = 0.25
 LINK_LATENCY_US = 10.0
-WHY_QUEST = (
-    "Exact attention wants every page at every step, and then all policies move nearly the same pages; so quest was"
-    " taken, with a part of the pages. --selector chooses another."
-)
 FLAG_KEYS = {
     "model": "model_name",
     "quantization": "quantization",
@@ -84,8 +81,8 @@ def starting_experiment(arguments: argparse.Namespace, mode: str) -> Experiment:
     return MODE_CLASSES[mode](mode=mode, **{key: value for key, value in DEMONSTRATION.items() if key in known})
 
 
-def specs_from(start: Experiment, arguments: argparse.Namespace, **more: Any) -> list[RunSpec]:
-    """The runs of an experiment under the flags that are given, and `more` keys where they are not None.
+def experiment_from(start: Experiment, arguments: argparse.Namespace, **more: Any) -> Experiment:
+    """An experiment under the flags that are given, and `more` keys where they are not None.
 
     Raises:
         ConfigError: a flag is wrong.
@@ -93,7 +90,7 @@ def specs_from(start: Experiment, arguments: argparse.Namespace, **more: Any) ->
     given = {key: getattr(arguments, flag) for flag, key in FLAG_KEYS.items() if getattr(arguments, flag) is not None}
     if arguments.context_length is not None:
         given["context_lengths"] = [arguments.context_length]
-    return expand([override(start, **given, **{key: value for key, value in more.items() if value is not None})])
+    return override(start, **given, **{key: value for key, value in more.items() if value is not None})
 
 
 def component_specs(arguments: argparse.Namespace, mode: str, **more: Any) -> list[RunSpec]:
@@ -102,7 +99,7 @@ def component_specs(arguments: argparse.Namespace, mode: str, **more: Any) -> li
     Raises:
         ConfigError: the file or a flag is wrong.
     """
-    return specs_from(starting_experiment(arguments, mode), arguments, **more)
+    return expand([experiment_from(starting_experiment(arguments, mode), arguments, **more)])
 
 
 def load_for(spec: RunSpec) -> LoadedModel:
@@ -118,34 +115,6 @@ def fitted_spec(spec: RunSpec, model: LoadedModel) -> RunSpec:
     for note in notes:
         print(note, file=sys.stderr)
     return spec
-
-
-def check_writable(output: Path | None, flag: str = "--output") -> None:
-    """Find out before the run, rather than after it, that its results have no place to go.
-
-    Raises:
-        ValueError: `output` is a folder or must not be replaced, or lies under something that is no folder.
-    """
-    if output is None:
-        return
-    if output.is_dir():
-        raise ValueError(f"{flag} {output} is a folder; name a file")
-    if output.exists() and not os.access(output, os.W_OK):
-        raise ValueError(f"{flag} {output}: there is such a file, and it cannot be written to")
-    existing = next(folder for folder in output.absolute().parents if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"{flag} {output}: cannot write to {existing}")
-
-
-def check_heat_map(path: Path | None) -> None:
-    """The same for a heat map, which is always a PNG.
-
-    Raises:
-        ValueError: it cannot be written, or is named like something else.
-    """
-    if path is not None and path.suffix.lower() != ".png":
-        raise ValueError(f"--heat-map {path}: a heat map is a PNG; name a file that ends in .png")
-    check_writable(path, "--heat-map")
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -169,18 +138,21 @@ def demonstrate(mode: str, run: Callable[..., RunResult], argv: Sequence[str] | 
     """The demonstration of a paged mode: generate with transformers' cache, then with pages, and compare."""
     parser = component_parser(f"python -m {module}", f"Generate with a {mode} paged KV cache and show what it did.")
     _add_paging_flags(parser)
-    parser.add_argument("--heat-map", type=Path, metavar="FILE.png", help="draw which pages were attended and resident")
     if mode == "predictive":
-        parser.add_argument("--predictor", metavar="P", help="which pages to copy ahead")
-        parser.add_argument("--prefetch-k", type=int, metavar="N", help="pages to copy ahead for one layer")
-    else:
-        parser.add_argument("--compare-policies", action="store_true", help="run every policy and show one table")
+        _add_prefetch_flags(parser)
+    for drawing in drawings_of(mode):
+        parser.add_argument(drawing.flag, type=Path, metavar=drawing.metavar, help=drawing.help)
+    comparison = PREDICTORS_COMPARED if mode == "predictive" else POLICIES_COMPARED
+    comparing = f"--compare-{comparison.plural}"
+    parser.add_argument(comparing, dest="compare", action="store_true", help=f"one table of all {comparison.plural}")
     arguments = parser.parse_args(argv)
-    comparing = getattr(arguments, "compare_policies", False)
-    if comparing and arguments.heat_map is not None:
-        parser.error("--heat-map draws one run; leave out --compare-policies, and choose one with --policy")
+    asked = [drawing for drawing in drawings_of(mode) if getattr(arguments, drawing.name) is not None]
+    if arguments.compare and asked:
+        parser.error(f"{asked[0].flag} draws one run; leave out {comparing}, and choose one with --{comparison.kind}")
     configure_logging(arguments.verbose)
-    return guarded(lambda: (_compare_policies if comparing else _demonstrate)(mode, run, arguments))
+    if arguments.compare:
+        return guarded(lambda: _compare(comparison, mode, run, arguments))
+    return guarded(lambda: _demonstrate(mode, run, arguments, {each: getattr(arguments, each.name) for each in asked}))
 
 
 def _add_paging_flags(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +163,7 @@ def _add_paging_flags(parser: argparse.ArgumentParser) -> None:
     pages.add_argument("--staging-pages", type=int, metavar="N", help="slots on top of that, for pages on their way")
     pages.add_argument("--policy", metavar="P", help="which page to evict")
     pages.add_argument("--access-order", metavar="O", help="resident_first or position")
+    pages.add_argument("--on-miss", metavar="O", help="wait for a page that is not there, or skip it in this step")
     pages.add_argument("--host-pages", type=int, metavar="N", help="pages in host memory; later ones go to disk")
     pages.add_argument("--disk-dir", metavar="DIR", help="folder for those on disk")
     pages.add_argument("--link", type=_link_choice, metavar="L", help="on a CPU: a preset, memory, or a number of GB/s")
@@ -202,22 +175,42 @@ def _add_paging_flags(parser: argparse.ArgumentParser) -> None:
     reads.add_argument("--dense-layers", type=int, metavar="N", help="first layers that attend to every page")
 
 
+def _add_prefetch_flags(parser: argparse.ArgumentParser) -> None:
+    ahead = parser.add_argument_group("copying ahead")
+    ahead.add_argument("--predictor", metavar="P", help="which pages to copy ahead")
+    ahead.add_argument("--prefetch-k", type=int, metavar="N", help="how many pages, for one layer")
+    ahead.add_argument("--overfetch", type=float, metavar="M", help="times what a layer reads: how many guesses to try")
+    ahead.add_argument("--lookahead", type=int, metavar="N", help="how many layers ahead")
+    ahead.add_argument(
+        "--min-confidence", type=_number_or_name, metavar="C", help="of a guess worth a copy: adaptive, or 0 to 1"
+    )
+    evicts = "let a guess take the place of a resident page"
+    ahead.add_argument("--prefetch-evicts", action="store_const", const=True, help=evicts)
+
+
 PAGING_FLAGS = (
-    *("page_size", "max_gpu_pages", "staging_pages", "policy", "access_order", "host_pages", "disk_dir", "link"),
-    *("selector", "attention_pages", "attention_fraction", "granularity", "dense_layers", "predictor", "prefetch_k"),
+    *("page_size", "max_gpu_pages", "staging_pages", "policy", "access_order", "on_miss", "host_pages", "disk_dir"),
+    *("link", "selector", "attention_pages", "attention_fraction", "granularity", "dense_layers", "predictor"),
+    *("prefetch_k", "overfetch", "lookahead", "min_confidence", "prefetch_evicts"),
 )
 
 
-def _link_choice(text: str) -> str | dict[str, float]:
-    """A preset's name as it stands; a number is the bandwidth of a link with the latency of the presets."""
+def _number_or_name(text: str) -> float | str:
     try:
-        return {"bandwidth_gb_s": float(text), "latency_us": LINK_LATENCY_US}
+        return float(text)
     except ValueError:
         return text
 
 
-def _paged_specs(start: Experiment, arguments: argparse.Namespace, **more: Any) -> list[RunSpec]:
-    """The runs of a paged mode. A selector from the command line that nobody gave a number of pages gets a share."""
+def _link_choice(text: str) -> str | dict[str, float]:
+    """A preset's name as it stands; a number is the bandwidth of a link with the latency of the presets."""
+    choice = _number_or_name(text)
+    return choice if isinstance(choice, str) else {"bandwidth_gb_s": choice, "latency_us": LINK_LATENCY_US}
+
+
+def _paged_experiment(start: Experiment, arguments: argparse.Namespace, **more: Any) -> Experiment:
+    """The experiment of a paged mode. A selector from the command line that nobody gave a number of pages gets a
+    share."""
     given = {flag: getattr(arguments, flag, None) for flag in PAGING_FLAGS} | more
     sized = any(
         value is not None
@@ -225,75 +218,77 @@ def _paged_specs(start: Experiment, arguments: argparse.Namespace, **more: Any) 
         for value in (given[key], getattr(start, key))
     )
     if given["selector"] is None or is_exact(given["selector"]) or sized:
-        return specs_from(start, arguments, **given)
-    specs = specs_from(start, arguments, **given | {"attention_fraction": DEFAULT_FRACTION})
+        return experiment_from(start, arguments, **given)
+    experiment = experiment_from(start, arguments, **given | {"attention_fraction": DEFAULT_FRACTION})
     if arguments.selector is not None:
         print(
             f"--selector {arguments.selector}: attending to {DEFAULT_FRACTION:.0%} of the pages at each step;"
             " --attention-fraction or --attention-pages changes that",
             file=sys.stderr,
         )
-    return specs
+    return experiment
 
 
-def _demonstrate(mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
+def _demonstrate(
+    mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace, drawings: Mapping[Drawing, Path]
+) -> int:
     check_writable(arguments.output)
-    check_heat_map(arguments.heat_map)
+    for drawing, place in drawings.items():
+        drawing.check(place, drawing.flag)
     start = starting_experiment(arguments, mode)
-    specs = _paged_specs(start, arguments, record_pages=True if arguments.heat_map else None)
+    specs = expand([_paged_experiment(start, arguments, **{drawing.needs: True for drawing in drawings})])
     model = load_for(specs[0])
-    results = _measured_beside_hf([fitted_spec(spec, model) for spec in specs], model, run)
+    measure = BesideHF(model, run)
+    results = [measure(fitted_spec(spec, model)) for spec in specs]
     show_and_write(results, arguments.output)
-    if arguments.heat_map is not None:
+    for drawing, place in drawings.items():
         if len(results) > 1:
-            print(f"--heat-map draws the first of {len(results)} runs", file=sys.stderr)
-        draw_page_heatmap(results[0].cache["requests"], arguments.heat_map, _heat_map_title(specs[0], results[0]))
+            print(f"{drawing.flag} draws the first of {len(results)} runs", file=sys.stderr)
+        for path in drawing.draw(results[0], place):
+            print(f"wrote {path}")
     return 0
 
 
-def _heat_map_title(spec: RunSpec, result: RunResult) -> str:
-    paging, cache = spec.paging, result.cache
-    seen = f"{choice_text(paging.selector)} attends to {cache['attended_pages']:,} of {cache['n_pages']:,} pages"
-    kept = f"{choice_text(paging.policy)} keeps {paging.max_gpu_pages:,} on the device"
-    return f"{spec.model_name}, {result.context['tokens']:,} tokens in pages of {paging.page_size:,}: {seen}, {kept}"
-
-
-def _compare_policies(mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
-    """Every run of the command once with each policy; a table for each context length."""
+def _compare(comparison: SideBySide, mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
+    """Every run of the command once with each part of a kind; a table for each context length."""
     check_writable(arguments.output)
     start = starting_experiment(arguments, mode)
     undecided = arguments.selector is None and "selector" not in start.model_fields_set
-    specs = _paged_specs(start, arguments, **({"selector": "quest"} if undecided else {}))
+    experiment = _paged_experiment(start, arguments, **({"selector": "quest"} if undecided else {}))
+    variants, specs = EachPart.of(experiment, comparison.registry), expand([experiment])
     model = load_for(specs[0])
-    fitted = [fitted_spec(spec, model) for spec in specs]
-    results = _measured_beside_hf([each for spec in fitted for each in _with_each_policy(spec)], model, run)
+    measure = BesideHF(model, run)
     console = Console(highlight=False, markup=False)
-    for _, of_one_context in groupby(results, key=lambda result: result.context["tokens"]):
-        by_policy: dict[str, list[RunResult]] = {}
-        for result in of_one_context:
-            by_policy.setdefault(choice_text(result.spec["paging"]["policy"]), []).append(result)
-        console.print(policies_table(by_policy, WHY_QUEST if undecided else ""))
+    results: list[RunResult] = []
+    fitted = [fitted_spec(spec, model) for spec in specs]
+    for _, repetitions in groupby(fitted, key=lambda spec: spec.context_length):
+        by_variant = variants.measure(list(repetitions), measure)
+        console.print(variants_table(comparison, by_variant, undecided, variants.left_out))
+        results += [result for runs in by_variant.values() for result in runs]
     if arguments.output is not None:
         write_json(arguments.output, [result.to_dict() for result in results])
     return 0
 
 
-def _with_each_policy(spec: RunSpec) -> list[RunSpec]:
-    """The run with every registered policy, and with the chosen one where it is another or has parameters."""
-    choices = [*POLICIES, *([] if spec.paging.policy in POLICIES else [spec.paging.policy])]
-    return [replace(spec, paging=replace(spec.paging, policy=choice)) for choice in choices]
+class BesideHF:
+    """Measures runs of one model, and compares their tokens with those of transformers' cache for the same prompt.
 
+    Args:
+        model: loaded for all of them.
+        run: the mode's.
+    """
 
-def _measured_beside_hf(specs: Sequence[RunSpec], model: LoadedModel, run: Callable[..., RunResult]) -> list[RunResult]:
-    """Measure each run, and compare its tokens with those of transformers' cache for the same prompt."""
-    references: dict[tuple, TokenRows] = {}
-    results = []
-    for spec in specs:
-        prompt = prompt_tokens(model.tokenizer, model.shape.vocab_size, spec.context_length, spec.batch_size, spec.seed)
-        if spec.reference_key not in references:
-            references[spec.reference_key] = _reference_tokens(spec, model, prompt)
-        results.append(run(spec, model, reference=references[spec.reference_key], prompt=prompt))
-    return results
+    def __init__(self, model: LoadedModel, run: Callable[..., RunResult]):
+        self.model, self.run = model, run
+        self._references: dict[tuple, TokenRows] = {}
+
+    def __call__(self, spec: RunSpec) -> RunResult:
+        """Measure one run. Transformers' own cache is asked once for all runs that must give the same tokens."""
+        vocab_size = self.model.shape.vocab_size
+        prompt = prompt_tokens(self.model.tokenizer, vocab_size, spec.context_length, spec.batch_size, spec.seed)
+        if spec.reference_key not in self._references:
+            self._references[spec.reference_key] = _reference_tokens(spec, self.model, prompt)
+        return self.run(spec, self.model, reference=self._references[spec.reference_key], prompt=prompt)
 
 
 def _reference_tokens(spec: RunSpec, model: LoadedModel, prompt: TokenRows) -> TokenRows:

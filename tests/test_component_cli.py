@@ -18,7 +18,7 @@ import predictive_prefetch
 from experiments import load_experiment
 from metrics import RunResult
 from planning import plan
-from registry import POLICIES
+from registry import POLICIES, PREDICTORS
 from run_specs import expand
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -112,12 +112,17 @@ def test_all_contexts_and_repetitions_of_a_config_are_run_and_those_of_one_conte
         ("--max-gpu-pages", 5, "max_gpu_pages"),
         ("--predictor", "last_step", "predictor"),
         ("--prefetch-k", 1, "prefetch_k"),
+        ("--overfetch", 3.5, "overfetch"),
+        ("--lookahead", 2, "lookahead"),
+        ("--min-confidence", 0.25, "min_confidence"),
+        ("--prefetch-evicts", True, "prefetch_evicts"),
         ("--seed", 9, "seed"),
         ("--dtype", "bfloat16", "dtype"),
         ("--max-new-tokens", 3, "max_new_tokens"),
         ("--context-length", 33, "context_length"),
         ("--staging-pages", 7, "staging_pages"),
         ("--access-order", "position", "access_order"),
+        ("--on-miss", "skip", "on_miss"),
         ("--host-pages", 1, "host_pages"),
         ("--link", "memory", "link"),
         ("--selector", "window", "selector"),
@@ -132,7 +137,7 @@ def test_a_flag_overrides_its_key_of_the_config_and_nothing_else(flag, value, ke
     config, output = tmp_path / "config.json", tmp_path / "result.json"
     config.write_text(json.dumps(keys))
     specs = []
-    for flags in ([], [flag, value]):
+    for flags in ([], [flag] if value is True else [flag, value]):
         assert component("predictive", *LLAMA, "--config", config, "--output", output, *flags) == 0
         assert capsys.readouterr().err == ""
         specs.append(json.loads(output.read_text())["spec"])
@@ -140,6 +145,14 @@ def test_a_flag_overrides_its_key_of_the_config_and_nothing_else(flag, value, ke
     changed = {name for name in plain if plain[name] != overridden[name]}
     assert changed == ({key, "requested_context_length"} if key == "context_length" else {key})
     assert overridden[key] == value
+
+
+def test_the_word_for_a_threshold_that_adapts_overrides_a_number_of_the_config(tmp_path, capsys):
+    config, output = tmp_path / "config.json", tmp_path / "result.json"
+    config.write_text(json.dumps({"context_lengths": [40], "max_new_tokens": 4, "num_runs": 1, "min_confidence": 0.5}))
+    flags = ["--config", config, "--min-confidence", "adaptive", "--output", output]
+    assert component("predictive", *LLAMA, *flags) == 0
+    assert json.loads(output.read_text())["spec"]["prefetch"]["min_confidence"] == "adaptive"
 
 
 def flat(spec):
@@ -310,7 +323,102 @@ def test_policies_that_do_not_agree_on_the_tokens_are_named_loudly(capsys, monke
     assert "All policies gave the same tokens" not in printed
 
 
-# --- heat maps ----------------------------------------------------------------------------------------------
+# --- predictors side by side --------------------------------------------------------------------------------
+
+PREDICTED = [*SMALL, "--page-size", 8, "--max-gpu-pages", 4, "--compare-predictors"]
+
+
+def predictor_rows(text):
+    """The rows of the printed table, by predictor, in its order."""
+    rows = [line.split() for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) == 13 and row[0] in PREDICTORS}
+
+
+def predictor_of(result):
+    return result["spec"]["prefetch"]["predictor"]
+
+
+def test_every_predictor_is_run_on_the_same_prompt_and_shown_in_one_table(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    assert component("predictive", *PREDICTED, "--output", output) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert max(map(len, printed.out.splitlines())) <= 80
+    written = {predictor_of(result): result for result in json.loads(output.read_text())}
+    assert set(written) == set(PREDICTORS)
+    assert len({result["context"]["prompt_sha256"] for result in written.values()}) == 1
+    assert len({result["tokens"]["sha256"] for result in written.values()}) == 1
+    assert "All predictors gave the same tokens" in " ".join(printed.out.split())
+    rows = predictor_rows(printed.out)
+    assert set(rows) == set(PREDICTORS)
+    assert next(iter(rows)) == "none"
+    for predictor, row in rows.items():
+        cache, prefetch = written[predictor]["cache"], written[predictor]["prefetch"]
+        assert float(row[0]) == pytest.approx(100 * cache["hit_rate"], abs=0.051)
+        assert float(row[2]) == pytest.approx(100 * cache["gain_over_lru"], abs=0.051)
+        assert row[7] == str(prefetch["issued"])
+    assert rows["none"][7] == "0"
+    others = [float(row[0]) for predictor, row in rows.items() if predictor not in ("none", "oracle")]
+    assert others == sorted(others, reverse=True)
+
+
+def test_predictors_are_compared_under_quest_where_nobody_chose_a_selector(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    assert component("predictive", *PREDICTED, "--output", output) == 0
+    assert "layer_ahead is always right; so quest was taken" in " ".join(capsys.readouterr().out.split())
+    pagings = [result["spec"]["paging"] for result in json.loads(output.read_text())]
+    assert {(paging["selector"], paging["attention_fraction"]) for paging in pagings} == {("quest", 0.25)}
+
+
+def test_predictors_that_go_by_digests_are_left_out_where_attention_reads_every_page(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    assert component("predictive", *PREDICTED, "--selector", "all", "--output", output) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    written = {predictor_of(result) for result in json.loads(output.read_text())}
+    assert written == {name for name in PREDICTORS if not PREDICTORS.asks_for(name, "needs_scores")}
+    assert "cross_layer" not in written
+    assert "Left out: cross_layer (" in printed
+    assert "quest was taken" not in printed
+
+
+def test_a_predictor_that_its_cache_refuses_is_left_out_with_the_reason(capsys, monkeypatch):
+    refuse_prediction_by("ema", monkeypatch)
+    assert component("predictive", *PREDICTED) == 0
+    printed = capsys.readouterr().out
+    assert predictor_rows(printed).keys() == set(PREDICTORS) - {"ema"}
+    assert "Left out: ema (no digests here)." in printed
+
+
+def test_a_predictor_that_was_asked_for_and_is_refused_ends_the_comparison(capsys, monkeypatch):
+    refuse_prediction_by("ema", monkeypatch)
+    assert component("predictive", *PREDICTED, "--predictor", "ema") == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "no digests here\n")
+
+
+def refuse_prediction_by(predictor, monkeypatch):
+    def refusing(spec, model, **how):
+        if spec.prefetch.predictor == predictor:
+            raise ValueError("no digests here")
+        return real_run(spec, model, **how)
+
+    real_run = predictive_prefetch.run
+    monkeypatch.setattr(predictive_prefetch, "run", refusing)
+
+
+def test_a_predictor_with_parameters_is_compared_beside_the_registered_ones(tmp_path, capsys):
+    config, output = tmp_path / "config.json", tmp_path / "results.json"
+    keys = {"context_lengths": [40, 60], "num_runs": 2, "predictor": {"name": "ema", "smoothing": 0.5}}
+    config.write_text(json.dumps(keys))
+    flags = ["--page-size", 8, "--max-gpu-pages", 4, "--max-new-tokens", 4, "--compare-predictors"]
+    assert component("predictive", *LLAMA, "--config", config, *flags, "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("(smooth") == printed.count("Predictors: ") == 2  # a table for each context length
+    assert " ".join(printed.split()).count("means of 2 runs") == 2
+    assert len(json.loads(output.read_text())) == 2 * 2 * (len(list(PREDICTORS)) + 1)
+
+
+# --- pictures of a run --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", PAGED)
@@ -319,6 +427,7 @@ def test_a_heat_map_is_drawn_from_the_requests_of_the_run(mode, tmp_path, capsys
     flags = ["--page-size", 8, "--max-gpu-pages", 4, "--heat-map", path, "--output", output]
     assert component(mode, *SMALL, *flags) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.endswith(f"wrote {path}\n")
     written = json.loads(output.read_text())
     assert written["spec"]["paging"]["record_pages"]
     assert len(written["cache"]["requests"]) == 3 * 5  # layers, decode steps
@@ -330,6 +439,30 @@ def test_of_several_runs_the_first_is_drawn_and_that_is_said(tmp_path, capsys):
     assert component("reactive", *LLAMA, "--config", config, "--heat-map", path) == 0
     assert capsys.readouterr().err == "--heat-map draws the first of 2 runs\n"
     assert path.exists()
+
+
+@pytest.mark.parametrize("mode", PAGED)
+def test_a_trace_is_written_from_the_timeline_of_the_run(mode, tmp_path, capsys):
+    path, output = tmp_path / "new" / "trace.json", tmp_path / "result.json"
+    flags = ["--page-size", 8, "--max-gpu-pages", 4, "--trace", path, "--output", output]
+    assert component(mode, *SMALL, *flags) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {path}\n")
+    written = json.loads(output.read_text())
+    assert written["spec"]["paging"]["record_timeline"]
+    spans = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert len(spans) == len(written["cache"]["timeline"]) > 0
+
+
+def test_plots_of_prefetch_are_drawn_into_a_folder_that_need_not_be_there(tmp_path, capsys):
+    folder, output = tmp_path / "new" / "plots", tmp_path / "result.json"
+    flags = ["--page-size", 8, "--max-gpu-pages", 4, "--plots", folder, "--output", output]
+    assert component("predictive", *SMALL, *flags) == 0
+    pictures = sorted(folder.iterdir())
+    assert len(pictures) == 4
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    named = [line.removeprefix("wrote ") for line in capsys.readouterr().out.splitlines() if line.startswith("wrote ")]
+    assert sorted(named) == [str(picture) for picture in pictures]
+    assert json.loads(output.read_text())["spec"]["paging"]["record_timeline"]
 
 
 # --- the baseline -------------------------------------------------------------------------------------------
@@ -456,7 +589,24 @@ def test_there_are_the_five_configs_that_are_promised():
         ("predictive", ["--compare-policies"], "unrecognized arguments: --compare-policies"),
         ("baseline", ["--selector", "quest"], "unrecognized arguments: --selector quest"),
         ("reactive", ["--attention-fraction", "half"], "argument --attention-fraction: invalid float value: 'half'"),
-        ("reactive", ["--compare-policies", "--heat-map", "pages.png"], "--heat-map draws one run"),
+        ("reactive", ["--compare-predictors"], "unrecognized arguments: --compare-predictors"),
+        ("reactive", ["--overfetch", "2"], "unrecognized arguments: --overfetch 2"),
+        ("reactive", ["--plots", "plots"], "unrecognized arguments: --plots plots"),
+        ("predictive", ["--overfetch", "twice"], "argument --overfetch: invalid float value: 'twice'"),
+        ("predictive", ["--lookahead", "1.5"], "argument --lookahead: invalid int value: '1.5'"),
+        (
+            "reactive",
+            ["--compare-policies", "--heat-map", "pages.png"],
+            "--heat-map draws one run; leave out --compare-policies, and choose one with --policy",
+        ),
+        (
+            "predictive",
+            ["--compare-predictors", "--plots", "plots"],
+            "--plots draws one run; leave out --compare-predictors, and choose one with --predictor",
+        ),
+        ("predictive", ["--compare-predictors", "--trace", "trace.json"], "--trace draws one run"),
+        ("predictive", ["--compare-predictors", "--heat-map", "pages.png"], "--heat-map draws one run"),
+        ("reactive", ["--compare-policies", "--trace", "trace.json"], "--trace draws one run"),
     ],
 )
 def test_a_flag_that_cannot_be_read_exits_2_and_is_named(mode, flags, message, capsys):
@@ -476,6 +626,12 @@ def test_a_flag_that_cannot_be_read_exits_2_and_is_named(mode, flags, message, c
         ("reactive", ["--max-gpu-pages", 2], "max_gpu_pages is 2"),
         ("predictive", ["--predictor", "layer_ahaed"], "did you mean 'layer_ahead'?"),
         ("predictive", ["--prefetch-k", 99], "prefetch_k is 99"),
+        ("predictive", ["--overfetch", 0.5], "overfetch' must be at least 1"),
+        ("predictive", ["--lookahead", 0], "lookahead' must be at least 1"),
+        ("predictive", ["--min-confidence", "adaptve"], "must be adaptive or a number from 0 to 1"),
+        ("predictive", ["--min-confidence", 2], "must be adaptive or a number from 0 to 1"),
+        ("predictive", ["--predictor", "layer_ahaed", "--compare-predictors"], "did you mean 'layer_ahead'?"),
+        ("reactive", ["--on-miss", "skp"], "did you mean 'skip'?"),
         ("predictive", ["--policy", "lur", "--selector", "quest"], "did you mean 'lru'?"),
         ("reactive", ["--policy", "lur", "--compare-policies"], "did you mean 'lru'?"),
         ("reactive", ["--selector", "qest"], "did you mean 'quest'?"),
@@ -533,6 +689,27 @@ def test_a_heat_map_that_cannot_be_written_is_refused_before_the_run(mode, tmp_p
     for path in (tmp_path / "folder.png", tmp_path / "file" / "pages.png"):
         assert component(mode, *SMALL, "--heat-map", path) == 2
         assert f"--heat-map {path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", PAGED)
+def test_a_trace_that_cannot_be_written_is_refused_before_the_run(mode, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(component_cli, "load_model", load_nothing)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "trace.json"):
+        assert component(mode, *SMALL, "--trace", path) == 2
+        assert f"--trace {path}" in capsys.readouterr().err
+
+
+def test_a_folder_for_plots_that_cannot_be_one_is_refused_before_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(component_cli, "load_model", load_nothing)
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "plots"):
+        assert component("predictive", *SMALL, "--plots", folder) == 2
+        assert f"--plots {folder}" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda place, how: place != tmp_path)  # for root may write anywhere
+    for folder in (tmp_path, tmp_path / "new" / "plots"):
+        assert component("predictive", *SMALL, "--plots", folder) == 2
+        assert f"--plots {folder}: cannot write to {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_file_that_must_not_be_replaced_is_refused_before_the_run(tmp_path, capsys, monkeypatch):
