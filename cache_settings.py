@@ -191,7 +191,7 @@ class PrefetchSpec:
         ValueError: a number is out of range.
     """
 
-    predictor: str | Mapping[str, Any] = "layer_ahead"
+    predictor: str | Mapping[str, Any] = "ranked"
     prefetch_k: int = 4
     overfetch: float | None = 2.0
     lookahead: int = 1

@@ -285,7 +285,7 @@ class PredictiveExperiment(ReactiveExperiment):
     """The paged cache, with the next pages predicted and copied ahead of need."""
 
     mode: Literal["predictive"]
-    predictor: Predictor = Field("layer_ahead", description="What guesses the next pages.")
+    predictor: Predictor = Field("ranked", description="What guesses the next pages.")
     prefetch_k: Count = Field(
         4,
         description="Pages copied ahead at most, per layer, sequence and step; fewer than staging_pages leaves"

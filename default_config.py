@@ -42,6 +42,8 @@ _CHOSEN = {
 _REASONS = {
     "link": "Slowed to 1 GB/s (PCIe 3.0 x16 moves 15.75) so that waiting for pages is visible beside the computing of"
     " a CPU; this is a model of no real bus.",
+    "predictor": "Attention reads every page here, so it is certain that a layer asks for what the one before did."
+    " Where a selector chooses pages, ranked (the default) and cross_layer know more.",
 }
 _GROUPS = (
     ("all modes", Experiment, ("mode", "name")),
@@ -80,8 +82,14 @@ def _experiments() -> list[str]:
         _explained("    # ", Experiment, "name", "baseline"),
         "  - mode: reactive",
         "  - mode: predictive",
+        _wrapped(_REASONS["predictor"], "    # ", "    # "),
         _explained("    ", PredictiveExperiment, "predictor", "layer_ahead"),
         _explained("    ", PredictiveExperiment, "prefetch_k", 4),
+        *(
+            _explained("    # ", PredictiveExperiment, key, field.default)
+            for key, field in PredictiveExperiment.model_fields.items()
+            if key not in ReactiveExperiment.model_fields and key not in ("predictor", "prefetch_k")
+        ),
     ]
 
 

@@ -8,7 +8,8 @@ step:
     predict(layer, step) -> guesses     what this layer (the next one) will ask for: (page, confidence), best first
     observe(layer, step, pages, mass)   the layer has attended to them; `mass()` gives each one's share of the attention
 
-A predictor that says `needs_scores = True` is told before `predict` what the selector would make of the layer's pages:
+A predictor that says `uses_scores = True` is told before `predict` what the selector would make of the layer's pages,
+except those of a step that has not begun:
 
     hint(layer, step, shares, n)        each page's estimated share of attention, of which the selector takes the n best
 
@@ -41,12 +42,14 @@ class Predictor(Protocol):
     Attributes:
         needs_mass: whether `observe` is to be called. Computing the shares and bringing them to the host costs time in
             every layer, so a predictor that has no use for them says False.
-        needs_scores: whether `hint` is to be called, which costs more: the query of a layer that has not begun has to
-            be estimated, and scored against its digests.
+        uses_scores: whether `hint` is to be called where there is a selector. It costs more than the rest: the query of
+            a layer that has not begun has to be estimated, and scored against its digests.
+        needs_scores: whether there is nothing to guess from without it.
         needs_recording: whether it is made with `requests`, those of the same generation recorded before.
     """
 
     needs_mass: ClassVar[bool]
+    uses_scores: bool
     needs_scores: ClassVar[bool]
     needs_recording: ClassVar[bool]
 
@@ -60,6 +63,7 @@ class QuietPredictor:
     """The verbs with nothing in them: it heeds no page and guesses none. The base of the predictors below."""
 
     needs_mass: ClassVar[bool] = True
+    uses_scores: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     needs_recording: ClassVar[bool] = False
 
@@ -209,27 +213,35 @@ class Ranked(QuietPredictor):
 
     That is the ranking which the project's user asked for. The score is the product of
 
-        confidence ** confidence_weight     how far former guesses came true, the page's own and, as long as it has few,
-                                            its layer's: requests over requests that the frequencies promised; 1/2 at
-                                            the start, above 1 for a page on the rise
-        attention ** attention_weight       its share of attention, smoothed as in `ema`
-        frequency ** frequency_weight       the share of the layer's requests that it was in, as in `frequency`
+        confidence ** confidence_weight         how far former guesses came true, the page's own and, as long as it has
+                                                few, its layer's: requests over requests that the frequencies promised;
+                                                1/2 at the start and for a page that was never asked for, above 1 for
+                                                one on the rise
+        attention ** attention_weight           its share of attention: of the coming step, as foreseen by the layer
+                                                before (see `cross_layer`), where a selector chooses pages; else of the
+                                                past steps, smoothed as in `ema`
+        (1 + frequency) ** frequency_weight     the share of the layer's requests that it was in, as in `frequency`; 1
+                                                is added so that a page may be guessed that was never asked for
 
     Guesses are judged by what became of them as in Feedback Directed Prefetching (Srinath et al., HPCA 2007,
-    https://doi.org/10.1109/HPCA.2007.346185). What is returned as the confidence of a guess is the first factor times
-    the frequency, 1 at most: a probability, where the score is none. Equal scores go by it. As the order is the
-    score's, a threshold on it has to look at every guess.
+    https://doi.org/10.1109/HPCA.2007.346185). What is returned as the confidence of a guess is a probability: where
+    attention is foreseen, that of being among as many pages as the selector takes, in proportion to the score
+    (`inclusion_probabilities`); else the first factor times the frequency, 1 at most, by which equal scores go. There
+    the order is the score's, so a threshold on it has to look at every guess.
 
     Args:
         smoothing: how much of the past is kept at each step, 0 <= smoothing < 1; at 0 only the last step counts.
         confidence_weight, attention_weight, frequency_weight: exponents of the factors, 0 or more; 0 leaves one out.
+        foresight: whether to use what is foreseen, which costs a projection and a scoring of the pages in each layer.
     """
 
     smoothing: float = 0.8
     confidence_weight: float = 1.0
     attention_weight: float = 1.0
     frequency_weight: float = 1.0
+    foresight: bool = True
     _layers: dict[int, GuessRecord] = field(default_factory=dict, init=False, repr=False)
+    _hints: dict[int, tuple[int, Mapping[int, float], int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         require_smoothing(self.smoothing)
@@ -237,26 +249,42 @@ class Ranked(QuietPredictor):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is a finite number, 0 or more; it is {getattr(self, name)}")
 
+    @property
+    def uses_scores(self) -> bool:
+        return self.foresight
+
     def want(self, layer: int, step: int, pages: Sequence[int]) -> None:
         self._record(layer).want(pages)
 
     def observe(self, layer: int, step: int, pages: Sequence[int], mass: Mass) -> None:
-        self._record(layer).attention.observe(pages, mass)
+        if layer not in self._hints:  # where attention is foreseen, that of the past is not looked at
+            self._record(layer).attention.observe(pages, mass)
+
+    def hint(self, layer: int, step: int, shares: Mapping[int, float], n: int) -> None:
+        self._hints[layer] = step, shares, n
 
     def predict(self, layer: int, step: int) -> Guesses:
         if layer not in self._layers:
             return []
         record = self._layers[layer]
-        frequencies, shares = record.requests.means(), record.attention.read().sums  # their scale changes no order
-        ranking = []
-        for page, reliability in record.reliability().items():
-            frequency = frequencies[page]
-            score = (
-                reliability**self.confidence_weight
-                * shares.get(page, 0.0) ** self.attention_weight
-                * frequency**self.frequency_weight
+        frequencies = record.requests.means()
+        reliability = record.reliability()
+        hinted_step, foreseen, n = self._hints.get(layer, (-1, {}, 0))
+
+        def score(page: int, attention: float) -> float:
+            return (
+                reliability.get(page, record.PRIOR) ** self.confidence_weight
+                * attention**self.attention_weight
+                * (1.0 + frequencies.get(page, 0.0)) ** self.frequency_weight
             )
-            ranking.append((-score, -min(1.0, reliability * frequency), page))
+
+        if hinted_step == step:
+            return inclusion_probabilities({page: score(page, share) for page, share in foreseen.items()}, n)
+        shares = record.attention.read().sums  # their scale changes no order
+        ranking = [
+            (-score(page, shares.get(page, 0.0)), -min(1.0, reliability[page] * frequency), page)
+            for page, frequency in frequencies.items()
+        ]
         return [(page, -minus_confidence) for _, minus_confidence, page in sorted(ranking)]
 
     def _record(self, layer: int) -> GuessRecord:
@@ -276,6 +304,7 @@ class CrossLayer(QuietPredictor):
     """
 
     needs_mass: ClassVar[bool] = False
+    uses_scores: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = True
 
     _hints: dict[int, tuple[int, Mapping[int, float], int]] = field(default_factory=dict, init=False, repr=False)

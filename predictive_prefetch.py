@@ -62,11 +62,11 @@ class PrefetchingKVCache(PagedKVCache):
         super().__init__(config, **{name: value for name, value in settings.items() if name not in given})
         self._made_of = config, settings
         self.prefetching = PrefetchSpec(**given)
-        PREDICTORS.create(self.prefetching.predictor)  # a wrong name or parameter is found now, not in a decode step
-        self._needs_scores = PREDICTORS.asks_for(self.prefetching.predictor, "needs_scores")
-        for _, conflict in prefetch_conflicts(self.prefetching, self.paging, self._needs_scores):
+        made = PREDICTORS.create(self.prefetching.predictor)  # what is wrong with it is found now, not in a decode step
+        for _, conflict in prefetch_conflicts(self.prefetching, self.paging, getattr(made, "needs_scores", False)):
             raise ValueError(conflict)
-        self._foresight = QueryForesight(self) if self._needs_scores else None
+        uses_scores = self.paging.selects and getattr(made, "uses_scores", False)
+        self._foresight = QueryForesight(self) if uses_scores else None
         self._later_layer = self._layers_ahead(self.prefetching.lookahead)
         self._forget_guesses()
 

@@ -461,6 +461,13 @@ WRONG = [
         "unknown key 'latency'; did you mean 'latency_us'?",
     ),
     ("prefetch_k", "0", "'prefetch_k' must be at least 1, found 0"),
+    ("overfetch", "0.5", "'overfetch' must be at least 1.0, found 0.5"),
+    ("lookahead", "0", "'lookahead' must be at least 1, found 0"),
+    ("min_confidence", "1.5", "'min_confidence' must be adaptive or a number from 0 to 1, found 1.5"),
+    ("min_confidence", "adaptve", "'min_confidence' must be adaptive or a number from 0 to 1, found 'adaptve'"),
+    ("min_confidence", "true", "'min_confidence' must be adaptive or a number from 0 to 1, found true"),
+    ("prefetch_evicts", "3", "'prefetch_evicts' must be true or false, found 3"),
+    ("on_miss", "wiat", "'on_miss' must be wait or skip, found 'wiat'; did you mean 'wait'?"),
 ]
 
 
@@ -784,7 +791,7 @@ def test_every_mode_fills_its_own_part_of_the_spec():
     assert runs["reactive"].paging == Paging(256, 8, 6, "lru", "all", sink_pages=1, recent_pages=1, link="auto")
     assert (runs["reactive"].cache_implementation, runs["reactive"].prefetch) == (None, None)
     assert runs["predictive"].paging == runs["reactive"].paging
-    assert runs["predictive"].prefetch == PrefetchSpec("layer_ahead", 4)
+    assert runs["predictive"].prefetch == PrefetchSpec("ranked", 4, 2.0, 1, "adaptive", False)
 
 
 def test_a_link_is_any_name_that_links_knows_or_its_figures_with_a_latency_of_0_if_left_out():

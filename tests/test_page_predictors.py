@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fading import inclusion_probabilities
+from recorder import PageRequest
 from registry import PREDICTORS, UnknownName
 
 LEARNING = ("ema", "frequency", "ranked", "random")
@@ -152,14 +153,64 @@ def test_ranked_orders_by_the_product_of_its_three_factors(history, smoothing, e
     requests, shares = requests_of(history, layer), shares_of(history, layer)
     confidence, score = {}, {}
     for page in pages_of(history, layer):
-        factors = (
-            naive_reliability(requests, page, smoothing),
-            naive_share(shares, page, smoothing),
-            naive_frequency(requests, page, smoothing),
-        )
-        confidence[page] = min(1.0, factors[0] * factors[2])
+        reliability, frequency = (naive(requests, page, smoothing) for naive in (naive_reliability, naive_frequency))
+        factors = (reliability, naive_share(shares, page, smoothing), 1 + frequency)
+        confidence[page] = min(1.0, reliability * frequency)
         score[page] = math.prod(factor**exponent for factor, exponent in zip(factors, exponents, strict=True))
     require(guesses, confidence, score)
+
+
+@given(
+    history=histories(),
+    foreseen=st.dictionaries(st.integers(0, 11), st.floats(1e-6, 1), min_size=1),
+    exponents=st.tuples(EXPONENTS, EXPONENTS, EXPONENTS),
+    chosen=st.floats(0, 1),
+)
+def test_ranked_takes_the_attention_that_is_foreseen_where_there_is_any(history, foreseen, exponents, chosen):
+    names = ("confidence_weight", "attention_weight", "frequency_weight")
+    predictor = played({"name": "ranked"} | dict(zip(names, exponents, strict=True)), history)
+    requests, n_chosen = requests_of(history, 0), int(chosen * len(foreseen))
+    weights = {}
+    for page, share in foreseen.items():
+        known = page in pages_of(history, 0)  # of one that was never asked for there is no record
+        reliability = naive_reliability(requests, page, predictor.smoothing) if known else 0.5
+        factors = (reliability, share, 1 + naive_frequency(requests, page, predictor.smoothing))
+        weights[page] = math.prod(factor**exponent for factor, exponent in zip(factors, exponents, strict=True))
+    without = predictor.predict(0, 99)
+    predictor.hint(0, 99, foreseen, n_chosen)
+    require(predictor.predict(0, 99), naive_inclusion(weights, n_chosen), weights)
+    assert predictor.predict(0, 100) == without  # of another step than the one that was foreseen
+
+
+@given(
+    foreseen=st.dictionaries(st.integers(0, 11), st.floats(1e-6, 1), min_size=1),
+    chosen=st.floats(0, 1),
+)
+def test_cross_layer_expects_the_pages_that_the_selector_would_take(foreseen, chosen):
+    predictor, n_chosen = PREDICTORS.create("cross_layer"), int(chosen * len(foreseen))
+    predictor.hint(3, 5, foreseen, n_chosen)
+    require(predictor.predict(3, 5), naive_inclusion(foreseen, n_chosen), foreseen)
+    assert predictor.predict(3, 6) == predictor.predict(2, 5) == []
+
+
+@given(history=histories(), sequence=st.integers(0, 1))
+def test_the_oracle_knows_every_request_of_its_sequence_to_come(history, sequence):
+    prefill = [PageRequest(step, "prefill", 0, sequence, [99], []) for step in range(3)]
+    decode = [
+        PageRequest(3 + number // N_LAYERS, "decode", layer, row, [page + 10 * row for page in pages], [])
+        for number, (layer, pages, _) in enumerate(history)
+        for row in range(2)
+    ]
+    oracle = PREDICTORS.create({"name": "oracle", "requests": prefill + decode, "sequence": sequence})
+    for number, (layer, pages, _) in enumerate(history):
+        guesses = oracle.predict(layer, number // N_LAYERS)
+        assert guesses == [(page + 10 * sequence, 1.0) for page in pages]
+    assert oracle.predict(0, 99) == oracle.predict(N_LAYERS, 0) == []
+
+
+def test_an_oracle_without_a_recording_is_refused():
+    with pytest.raises(ValueError, match="the oracle needs the recorded requests"):
+        PREDICTORS.create("oracle")
 
 
 @given(history=histories(), seed=st.integers(0, 3), layer=st.integers(0, N_LAYERS - 1))
@@ -255,7 +306,7 @@ def test_confidence_is_a_probability_and_no_page_is_named_twice(name, history):
         assert len(dict(guesses)) == len(guesses) > 0
 
 
-@pytest.mark.parametrize("name", [*PREDICTORS])
+@pytest.mark.parametrize("name", [name for name in PREDICTORS if name != "oracle"])
 def test_nothing_is_guessed_from_nothing(name):
     assert PREDICTORS.create(name).predict(0, 0) == []
 

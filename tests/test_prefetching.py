@@ -216,7 +216,7 @@ def test_a_predictor_that_raises_ends_the_generation_with_its_name(llama, monkey
 
     monkeypatch.setattr(LayerAhead, "predict", broken)
     with pytest.raises(RuntimeError, match="predictor 'layer_ahead' failed: ZeroDivisionError: no forecast today"):
-        prefetched_tokens(llama, make_prompt(100))
+        prefetched_tokens(llama, make_prompt(100), predictor="layer_ahead")
 
 
 def test_the_observed_shares_are_the_attention_that_transformers_computes(llama, monkeypatch):
