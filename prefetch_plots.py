@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUBDUED = "#555555"
-SMOOTHED_STEPS = 8  # a step settles few prefetches, so the accuracy of one step is mostly noise
+SMOOTHED_STEPS = 8
+LIGHT = COLOURS[7]  # of the spans' colours, the one on which white cannot be read
 LABELLED_SHARE = 0.022  # of a panel's width that a span needs to hold its layer's number
 DETAIL_LAYERS = 3
 
@@ -155,17 +156,16 @@ def prefetch_over_steps(result: Result) -> Figure:
     thresholds = dig(result, "prefetch.thresholds") or []
     figure, axes = _panels(result, "Prefetching, step by step", [2.6, 2.2][: 2 if thresholds else 1])
     useful = [step["prefetch_on_time"] + step["prefetch_late"] for step in steps]
-    settled = [right + step["prefetch_wasted"] for right, step in zip(useful, steps, strict=True)]
+    issued = [step["prefetch_issued"] for step in steps]
     accesses = [step["hits"] + step["late"] + step["misses"] for step in steps]
     places = range(1, len(steps) + 1)
-    for label, parts, wholes, colour in (
-        ("accuracy: used prefetches / settled ones", useful, settled, COLOURS[3]),
-        ("hit rate: hits / accesses", [step["hits"] for step in steps], accesses, COLOURS[1]),
-    ):
-        smoothed = windowed_percent(parts, wholes, SMOOTHED_STEPS)
-        axes[0].plot(places, windowed_percent(parts, wholes, 1), color=colour, linewidth=0.8, alpha=0.35)
-        label = f"{label}, over the last {SMOOTHED_STEPS} steps (thin: each step)"
-        axes[0].plot(places, smoothed, color=colour, linewidth=1.8, label=label)
+    hits = [step["hits"] for step in steps]
+    # A page is used steps after it was issued, so a few steps by themselves have no accuracy.
+    so_far = windowed_percent(useful, issued, len(steps))
+    axes[0].plot(places, so_far, color=COLOURS[3], linewidth=1.8, label="accuracy so far: prefetches used / issued")
+    label = f"hit rate: hits / accesses, over the last {SMOOTHED_STEPS} steps (thin: each step)"
+    axes[0].plot(places, windowed_percent(hits, accesses, 1), color=COLOURS[1], linewidth=0.8, alpha=0.35)
+    axes[0].plot(places, windowed_percent(hits, accesses, SMOOTHED_STEPS), color=COLOURS[1], linewidth=1.8, label=label)
     _percent_axis(axes[0], "% of prefetches, of accesses", 100.0)
     if thresholds:
         # Its steps count decode steps; those of the records count prefill chunks as well.
@@ -319,7 +319,7 @@ def _draw_spans(axis: Axes, spans: Sequence[Span], window: tuple[float, float], 
                 axis.axvspan(start, start + length, color=colour, alpha=0.1, linewidth=0, zorder=1)
         else:
             for span in drawn:
-                _label_span(axis, span, row, (first_ms, last_ms), zero_ms)
+                _label_span(axis, span, row, (first_ms, last_ms), zero_ms, colour)
     axis.set_yticks(range(len(TRACKS)), TRACKS)
     axis.set_ylim(len(TRACKS) - 0.5, -0.5)
     axis.set_xlim(first_ms, last_ms)
@@ -329,11 +329,12 @@ def _draw_spans(axis: Axes, spans: Sequence[Span], window: tuple[float, float], 
         axis.axhline(row - 0.5, color=FAINT, linewidth=0.7)
 
 
-def _label_span(axis: Axes, span: Span, row: int, shown: tuple[float, float], zero_ms: float) -> None:
+def _label_span(axis: Axes, span: Span, row: int, shown: tuple[float, float], zero_ms: float, background: str) -> None:
     """The number of its layer, in the part of a span that is shown, where that is wide enough."""
     start, end = max(span["start_ms"] - zero_ms, shown[0]), min(span["end_ms"] - zero_ms, shown[1])
     if end - start >= LABELLED_SHARE * (shown[1] - shown[0]):
-        axis.text((start + end) / 2, row, str(span["layer"]), size=8, color="white", ha="center", va="center", zorder=4)
+        ink = INK if background == LIGHT else "white"
+        axis.text((start + end) / 2, row, str(span["layer"]), size=8, color=ink, ha="center", va="center", zorder=4)
 
 
 # --- what all share -----------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from fading import Guesses
 
 N_BINS = 10
 PRIOR_GUESSES = 2.0  # what a predictor's own word counts for, in guesses
-STEP_SMOOTHING = 0.9  # of what is measured step by step: half of it is from the last 7 steps
+CALIBRATION_SMOOTHING = 0.9  # half of what is known of guesses is from the last 7 steps
+LOAD_SMOOTHING = 0.8  # and half of what is known of the load from the last 3
 
 
 class Calibration:
@@ -49,8 +50,8 @@ class Calibration:
 
     def fade(self) -> None:
         """A step is over: what was learnt before counts less from here."""
-        self._guessed = [count * STEP_SMOOTHING for count in self._guessed]
-        self._used = [count * STEP_SMOOTHING for count in self._used]
+        self._guessed = [count * CALIBRATION_SMOOTHING for count in self._guessed]
+        self._used = [count * CALIBRATION_SMOOTHING for count in self._used]
 
     def probability(self, confidence: float) -> float:
         """How probable it is that a guess of that confidence comes true."""
@@ -103,7 +104,7 @@ class ConfidenceThreshold:
         """
         if link_load is not None:
             load = min(1.0, max(0.0, link_load))
-            self._load = load if self._load is None else STEP_SMOOTHING * self._load + (1 - STEP_SMOOTHING) * load
+            self._load = load if self._load is None else LOAD_SMOOTHING * self._load + (1 - LOAD_SMOOTHING) * load
         if self.adaptive and self._load is not None:
             self.threshold = self._load / (1 + self._load)
         self.calibration.fade()
