@@ -234,11 +234,15 @@ def _floor(
 
 
 def prefetch_figures(recorder: Recorder, page_bytes: int) -> dict[str, Any]:
-    """The `prefetch` block of a result, over decode steps."""
+    """The `prefetch` block of a result, over decode steps.
+
+    A page that was copied ahead is useful once it is asked for, and wasted when its slot is given to another. Those of
+    which neither has happened by the end are unresolved; accuracy and the wasted bytes count them as not used.
+    """
     decode = recorder.snapshot("decode")
     issued = decode["prefetch_issued"]
     useful = decode["prefetch_on_time"] + decode["prefetch_late"]
-    wasted_bytes = decode["prefetch_wasted"] * page_bytes
+    wasted_bytes = (issued - useful) * page_bytes
     return {
         "issued": issued,
         "useful": useful,

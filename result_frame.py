@@ -122,6 +122,8 @@ _COUNTS = {
     "prefetch_on_time": "prefetch.on_time",
     "prefetch_late": "prefetch.late",
     "prefetch_wasted": "prefetch.wasted",
+    "prefetch_declined": "prefetch.declined",
+    "pollution": "prefetch.pollution",
 }
 _NUMBERS = {
     "ttft_ms": "timing.ttft_ms",
@@ -136,7 +138,12 @@ _NUMBERS = {
     "miss_rate": "cache.miss_rate",
     "shadow_lru_hit_rate": "cache.shadow_lru_hit_rate",
     "gain_over_lru": "cache.gain_over_lru",
+    "shadow_lru_all_slots_hit_rate": "cache.shadow_lru_all_slots_hit_rate",
+    "gain_over_lru_all_slots": "cache.gain_over_lru_all_slots",
+    "skipped_rate": "cache.skipped_rate",
+    "hidden_transfer_share": "cache.hidden_transfer_share",
     "select_ms": "cache.stages.select_ms",
+    "predict_ms": "cache.stages.predict_ms",
     "copy_ms": "cache.stages.copy_ms",
     "attend_ms": "cache.stages.attend_ms",
     "tpot_over_floor": "cache.floor.tpot_over_floor",

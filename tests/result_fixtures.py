@@ -96,6 +96,7 @@ def make_cache(n_steps):
         "hit_rate": 0.75,
         "late_rate": 0.05,
         "miss_rate": 0.2,
+        "gain_over_lru": 0.125,
         "stall_ms": 50.0,
         "stall_percent": 5.0,
         "link": dict(LINK),

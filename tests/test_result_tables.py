@@ -73,7 +73,7 @@ def test_the_memory_table_shows_a_dash_where_there_is_no_gpu():
 def test_the_prediction_table_lists_only_strategies_that_prefetch():
     table = prediction_table(to_frame(make_sweep()))
     assert [row[0] for row in table.rows] == ["predictive"]
-    assert table.rows[0][2:] == ("20.0", "60.0", "80.0", "64.0", "75.0", "16.0")
+    assert table.rows[0][2:] == ("20.0", "60.0", "80.0", "64.0", "75.0", "16.0", "12.5")
 
 
 def test_failures_have_their_table_and_lower_the_count_of_their_strategy():
