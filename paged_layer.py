@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -68,8 +68,13 @@ class DecodeAttention:
     @cached_property
     def mass(self) -> Callable[[], list[float]]:
         """Gives each page's share of the attention, averaged over heads; together they are 1 at most. A function, as on
-        CUDA the shares are on their way to the host."""
-        return to_host_later(page_mass(torch.cat([lse for _, lse in self.parts]), self.total))
+        CUDA the shares are on their way to the host, and on a CPU they need not be computed if nobody reads them."""
+        if self.total.device.type != "cuda":
+            return cache(lambda: self._shares().tolist())
+        return to_host_later(self._shares())
+
+    def _shares(self) -> torch.Tensor:
+        return page_mass(torch.cat([lse for _, lse in self.parts]), self.total)
 
 
 @dataclass(frozen=True)
