@@ -139,10 +139,12 @@ class Resolution:
 
     def _has_room(self) -> bool:
         """Whether a page can be staged: in a free slot, or in that of a page evicted for it, which it is going to evict
-        anyway as it becomes resident; else in that of a page copied ahead that this request does not want."""
+        anyway as it becomes resident; else in that of a page copied ahead that this request does not want. Where pages
+        are asked for one by one, and those copied ahead hold every slot, one that is wanted later has to go too."""
         if self.table.makes_room and self.table.can_stage(self.pinned):
             return True
-        return self.sequence.give_up_one(self.request) or self.table.can_stage(self.pinned)
+        give_up_one = self.sequence.give_up_one
+        return give_up_one(self.request) or self.table.can_stage(self.pinned) or give_up_one(self.pinned)
 
     def _next_arrivals(self) -> list[int]:
         """Wait for the oldest copy, and take along those that have arrived with it."""
