@@ -133,8 +133,10 @@ class PrefetchingKVCache(PagedKVCache):
         pages = self._plan_copies(later, sequence.lane, guesses)
         self._spent_predicting(layer, started)
         if pages:
-            theirs = later.pages.sequences[sequence.lane]
-            theirs.prefetch(pages, {page for page, _ in guesses}, self.prefetching.prefetch_evicts)
+            theirs, expected = later.pages.sequences[sequence.lane], {page for page, _ in guesses}
+            if theirs is sequence:  # the later layer is this one, in a later step: its pages are still to be attended
+                expected.update(wanted)
+            theirs.prefetch(pages, expected, self.prefetching.prefetch_evicts)
 
     def _plan_copies(self, later: PagedLayer, lane: int, guesses: Guesses) -> list[int]:
         """The pages to copy ahead for a later layer: of its best guesses those that are absent and worth a copy."""
