@@ -143,7 +143,7 @@ class PrefetchingKVCache(PagedKVCache):
         theirs = later.pages.sequences[lane]
         if self.prefetching.overfetch is not None:
             asked_before = self._n_asked.get((later.layer_idx, lane), self.paging.n_attended(theirs.n_pages))
-            del guesses[math.ceil(self.prefetching.overfetch * asked_before) :]
+            del guesses[math.ceil(min(self.prefetching.overfetch * asked_before, len(guesses))) :]
         absent = {page: confidence for page, confidence in reversed(guesses) if theirs.absent(page)}
         in_order = list(reversed(absent.items()))
         worth_it = self.threshold.worth_copying((later.layer_idx, lane), in_order)

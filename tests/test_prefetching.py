@@ -177,7 +177,7 @@ PREFETCHES = st.fixed_dictionaries(
         "prefetch_k": st.integers(1, 2),
         "lookahead": st.sampled_from([1, 1, 2, 3]),
         "prefetch_evicts": st.booleans(),
-        "overfetch": st.sampled_from([None, 1, 2]),
+        "overfetch": st.sampled_from([None, 1, 2, float("inf")]),
         "min_confidence": st.sampled_from(["adaptive", 0, 0.5]),
     }
 )
