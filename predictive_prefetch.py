@@ -119,7 +119,7 @@ class PrefetchingKVCache(PagedKVCache):
         if self.phase != "decode":
             return
         started = time.perf_counter()
-        self.threshold.judge((layer.layer_idx, sequence.lane), wanted)
+        self.threshold.judge((layer.layer_idx, sequence.lane, self._step), wanted)
         self._n_asked[layer.layer_idx, sequence.lane] = len(wanted)
         later, steps = self._later_layer[layer.layer_idx]
         if later.n_rows <= sequence.lane:  # the first tokens of all: the later layer has no pages yet
@@ -131,7 +131,7 @@ class PrefetchingKVCache(PagedKVCache):
             if foreseen is not None:
                 predictor.hint(later.layer_idx, self._step, *foreseen)
             guesses = _checked(predictor.predict(later.layer_idx, self._step + steps))
-        pages = self._plan_copies(later, sequence.lane, guesses)
+        pages = self._plan_copies(later, sequence.lane, self._step + steps, guesses)
         self._spent_predicting(layer, started)
         if pages:
             theirs, expected = later.pages.sequences[sequence.lane], {page for page, _ in guesses}
@@ -139,8 +139,8 @@ class PrefetchingKVCache(PagedKVCache):
                 expected.update(wanted)
             theirs.prefetch(pages, expected, self.prefetching.prefetch_evicts)
 
-    def _plan_copies(self, later: PagedLayer, lane: int, guesses: Guesses) -> list[int]:
-        """The pages to copy ahead for a later layer: of its best guesses, to which `guesses` is cut down,
+    def _plan_copies(self, later: PagedLayer, lane: int, step: int, guesses: Guesses) -> list[int]:
+        """The pages to copy ahead for a later layer in a step: of its best guesses, to which `guesses` is cut down,
         those that are absent and worth a copy."""
         theirs = later.pages.sequences[lane]
         if self.prefetching.overfetch is not None:
@@ -150,7 +150,7 @@ class PrefetchingKVCache(PagedKVCache):
         for page, confidence in guesses:
             if theirs.absent(page):
                 absent.setdefault(page, confidence)
-        worth_it = self.threshold.worth_copying((later.layer_idx, lane), list(absent.items()))
+        worth_it = self.threshold.worth_copying((later.layer_idx, lane, step), list(absent.items()))
         self.recorder.count(later.layer_idx, prefetch_declined=len(absent) - len(worth_it))
         return worth_it[: self.prefetching.prefetch_k]
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cache
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_cache_failures import require_whole_books
-from tiny_models import CONFIGS, Prompt, continue_prompt, make_model, make_prompt
-from transformers import DynamicCache
+from tiny_models import CONFIGS, GROUPED, Prompt, continue_prompt, make_model, make_prompt
+from transformers import AutoConfig, DynamicCache
 
+import hf_attention
 from kv_paging import PagedKVCache
 from page_policies import LRU
 from page_predictors import LastStep, LayerAhead, QuietPredictor
@@ -184,12 +186,12 @@ PREFETCHES = st.fixed_dictionaries(
 TRIED = ["llama_gqa", "gemma3_hybrid_sliding"]  # two paged layers, and one
 
 
-@lru_cache(maxsize=None)
+@cache
 def tried_model(name):
     return make_model(CONFIGS[name])
 
 
-@lru_cache(maxsize=None)
+@cache
 def reactive_run(name, way, paging):
     """Tokens without prefetch, and the recorded requests."""
     model, (prompt, how) = tried_model(name), WAYS[way]
@@ -351,6 +353,106 @@ def test_a_predictor_that_raises_ends_the_generation_with_its_name(llama, monkey
     monkeypatch.setattr(LayerAhead, "predict", broken)
     with pytest.raises(RuntimeError, match="predictor 'layer_ahead' failed: ZeroDivisionError: no forecast today"):
         prefetched_tokens(llama, make_prompt(100), predictor="layer_ahead")
+
+
+MALFORMED = {
+    "no_list": (None, "TypeError"),
+    "no_pairs": ([3, 4], "TypeError"),
+    "half_a_page": ([(1.5, 1.0)], "TypeError"),
+    "a_name": ([("first", 1.0)], "TypeError"),
+    "no_confidence": ([(1, None)], "TypeError"),
+    "words": ([(1, "rather")], "ValueError"),
+    "a_triple": ([(1, 1.0, 2)], "ValueError"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_predictor_that_gives_no_guesses_ends_the_generation_with_its_name_and_the_cache_can_be_reset(
+    llama, kind, monkeypatch
+):
+    guesses, error = MALFORMED[kind]
+    prompt, cache = make_prompt(60), PrefetchingKVCache(llama.config, **SMALL, prefetch_k=2, predictor="layer_ahead")
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerAhead, "predict", lambda self, layer, step: guesses)
+        with pytest.raises(RuntimeError, match=f"predictor 'layer_ahead' failed: {error}"), cache.attached(llama):
+            continue_prompt(llama, prompt, past_key_values=cache)
+    cache.reset()
+    with cache.attached(llama):
+        tokens = continue_prompt(llama, prompt, past_key_values=cache)
+    assert torch.equal(tokens, continue_prompt(llama, prompt))
+
+
+def test_a_predictor_is_not_blamed_for_memory_that_ends_while_a_query_is_foreseen(llama, monkeypatch):
+    def memory_ends(*given):
+        raise MemoryError
+
+    monkeypatch.setattr(hf_attention, "query_of", memory_ends)
+    with pytest.raises(MemoryError):
+        prefetched_tokens(llama, make_prompt(100), predictor="cross_layer", selector="quest", attention_pages=3)
+
+
+# --- what is looked ahead for -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Diary(QuietPredictor):
+    """Guesses nothing, and notes what it is asked and told."""
+
+    noted: list = field(default_factory=list)
+    uses_scores: ClassVar[bool] = True
+
+    def want(self, layer, step, pages):
+        self.noted.append(("want", layer, step))
+
+    def hint(self, layer, step, shares, n):
+        self.noted.append(("hint", layer, step))
+
+    def predict(self, layer, step):
+        self.noted.append(("predict", layer, step))
+        return []
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 3, 7])
+def test_the_prediction_is_for_so_many_layers_ahead_and_hints_are_of_this_step(lookahead):
+    """Layers in the order in which they ask, over all steps, are one line, on which a prediction is a fixed way ahead.
+    A query of a later step cannot be foreseen, as its token is not known."""
+    model, noted = make_model(AutoConfig.for_model("llama", **GROUPED | {"num_hidden_layers": 3})), []
+    given = {"predictor": {"name": "test_prefetching:Diary", "noted": noted}, "lookahead": lookahead}
+    prefetched_tokens(model, make_prompt(80), new_tokens=5, selector="quest", attention_pages=3, **given)
+    expected = []
+    for place in range(4 * 3):  # the first of 5 tokens is the prefill's
+        (step, layer), (later_step, later_layer) = divmod(place, 3), divmod(place + lookahead, 3)
+        hint = [("hint", later_layer, step)] if later_step == step else []
+        expected += [("want", layer, step), *hint, ("predict", later_layer, later_step)]
+    assert noted == expected
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 3])
+@pytest.mark.parametrize("name", ["llama_gqa", "gemma3_hybrid_sliding"])
+def test_a_guess_is_judged_by_the_step_that_it_was_made_for(name, lookahead):
+    """All that the oracle guesses comes true, however far ahead, and so says the calibration."""
+    paging = SMALL | {"page_size": 4, "selector": "quest", "attention_pages": 4}
+    expected, requests = reactive_run(name, "greedy", tuple(paging.items()))
+    model, (prompt, _) = tried_model(name), WAYS["greedy"]
+    given = {"predictor": {"name": "oracle", "requests": requests}, "lookahead": lookahead, "min_confidence": 0}
+    tokens, cache = prefetched_tokens(model, prompt, new_tokens=14, **paging, **given)
+    assert torch.equal(tokens, expected)
+    (certain,) = cache.threshold.calibration.bins()
+    assert certain["n"] > 0 and certain["used"] == 1.0
+
+
+def test_of_a_page_that_is_guessed_twice_the_first_guess_counts(llama):
+    guesses = [(3, 0.9), (2, 0.8), (3, 0.1)]
+    given = {"predictor": {"name": "test_prefetching:Always", "guesses": guesses}, "min_confidence": 0.85}
+    _, cache = prefetched_tokens(llama, make_prompt(100), prefetch_k=1, overfetch=None, **given)
+    assert [each["low"] for each in cache.threshold.calibration.bins()] == [0.8, 0.9]
+    copied = []
+    cache = PrefetchingKVCache(llama.config, **SMALL, prefetch_k=1, overfetch=None, **given | {"min_confidence": 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PagedSequence, "prefetch", lambda sequence, pages, *given: copied.append(list(pages)))
+        with cache.attached(llama):
+            continue_prompt(llama, make_prompt(100), past_key_values=cache)
+    assert copied and all(pages == [3] for pages in copied)  # and not 2, which is named before the last 3
 
 
 def test_the_observed_shares_are_the_attention_that_transformers_computes(llama, monkeypatch):
