@@ -17,13 +17,16 @@ from tiny_models import CONFIGS, GROUPED, Prompt, continue_prompt, make_model, m
 from transformers import AutoConfig, DynamicCache
 
 import hf_attention
+from config_schema import PredictiveExperiment
 from kv_paging import PagedKVCache
+from models import load_model
 from page_policies import LRU
 from page_predictors import LastStep, LayerAhead, QuietPredictor
 from page_table import PageTable
 from paged_sequence import PagedSequence
-from predictive_prefetch import PrefetchingKVCache
+from predictive_prefetch import PrefetchingKVCache, run
 from registry import PREDICTORS, SELECTORS
+from run_specs import expand
 
 SMALL = {"page_size": 16, "max_gpu_pages": 3, "staging_pages": 2, "link": "memory"}
 
@@ -439,6 +442,25 @@ def test_a_guess_is_judged_by_the_step_that_it_was_made_for(name, lookahead):
     assert torch.equal(tokens, expected)
     (certain,) = cache.threshold.calibration.bins()
     assert certain["n"] > 0 and certain["used"] == 1.0
+
+
+def test_a_run_with_the_oracle_records_itself_and_no_other_predictor_misses_less():
+    """What is left of its misses is what `prefetch_k` is too small for, and all that it had copied is used. A page that
+    is late on a machine under load is no miss."""
+    loaded = load_model("random:configs/models/tiny-llama.json", device="cpu")
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.mul_(6.0 if parameter.ndim > 1 else 1.0)
+    paging = {"page_size": 8, "max_gpu_pages": 4, "staging_pages": 2, "selector": "quest", "attention_pages": 5}
+    common = {"mode": "predictive", "context_lengths": [100], "num_runs": 1, "max_new_tokens": 16, "warmup_runs": 1}
+    common |= paging | {"device": "cpu", "link": "memory", "prefetch_k": 2, "min_confidence": 0, "batch_size": 2}
+    results = {name: run(expand([PredictiveExperiment(**common, predictor=name)])[0], loaded) for name in PREDICTORS}
+    rates = {name: result.cache["hit_rate"] + result.cache["late_rate"] for name, result in results.items()}
+    assert rates["oracle"] == max(rates.values()) > rates["none"] + 0.05
+    assert results["oracle"].prefetch["accuracy"] == 1.0
+    assert results["oracle"].prefetch["unresolved"] == 0
+    assert results["oracle"].spec["prefetch"]["predictor"] == "oracle"  # and no recording in it
+    assert len({str(result.tokens["ids"]) for result in results.values()}) == 1
 
 
 def test_of_a_page_that_is_guessed_twice_the_first_guess_counts(llama):
