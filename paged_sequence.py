@@ -165,6 +165,7 @@ class PagedSequence:
         other.shadows = tuple(shadow.copy() for shadow in self.shadows)
         other.n_tokens, other.holes, other.host_rows = self.n_tokens, list(self.holes), list(self.host_rows)
         other._unread_mass = self._unread_mass
+        other._evicted_for_prefetch = set(self._evicted_for_prefetch)
         for row in other.host_rows:
             self.store.host.share(row)
         return other
@@ -284,11 +285,12 @@ class PagedSequence:
         del self.arriving[page]
         self.count(prefetch_wasted=self.taken_up(page))
 
-    def missed(self, pages: Collection[int]) -> None:
-        """A request found these pages absent."""
+    def looked_up(self, wanted: Collection[int], missing: Collection[int]) -> None:
+        """A request for the wanted pages found some of them missing. Whether evicting a page for a prefetch was wrong
+        is settled by the next request for it."""
         if self._evicted_for_prefetch:
-            self.count(pollution=len(self._evicted_for_prefetch.intersection(pages)))
-            self._evicted_for_prefetch.difference_update(pages)
+            self.count(pollution=len(self._evicted_for_prefetch.intersection(missing)))
+            self._evicted_for_prefetch.difference_update(wanted)
 
     def fetch(self, pages: Sequence[int], slots: Sequence[int]) -> Ticket:
         """Start copying sealed pages into slots, as one transfer."""

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -118,49 +119,56 @@ class PrefetchingKVCache(PagedKVCache):
         if self.phase != "decode":
             return
         started = time.perf_counter()
-        asker = (layer.layer_idx, sequence.lane)
-        self.threshold.judge(asker, wanted)
-        self._n_asked[asker] = len(wanted)
+        self.threshold.judge((layer.layer_idx, sequence.lane, self._step), wanted)
+        self._n_asked[layer.layer_idx, sequence.lane] = len(wanted)
         later, steps = self._later_layer[layer.layer_idx]
         if later.n_rows <= sequence.lane:  # the first tokens of all: the later layer has no pages yet
             return
         predictor = self._predictor(sequence)
+        foreseen = self._foreseen(layer, later, sequence.lane) if steps == 0 else None
         with self._naming_the_predictor():
             predictor.want(layer.layer_idx, self._step, wanted)
-            if self._foresight is not None and steps == 0:
-                self._hint(predictor, layer, later, sequence.lane)
-            guesses = list(predictor.predict(later.layer_idx, self._step + steps))
-        pages = self._plan_copies(later, sequence.lane, guesses)
+            if foreseen is not None:
+                predictor.hint(later.layer_idx, self._step, *foreseen)
+            guesses = _checked(predictor.predict(later.layer_idx, self._step + steps))
+        pages = self._plan_copies(later, sequence.lane, self._step + steps, guesses)
         self._spent_predicting(layer, started)
         if pages:
-            theirs = later.pages.sequences[sequence.lane]
-            theirs.prefetch(pages, {page for page, _ in guesses}, self.prefetching.prefetch_evicts)
+            theirs, expected = later.pages.sequences[sequence.lane], {page for page, _ in guesses}
+            if theirs is sequence:  # the later layer is this one, in a later step: its pages are still to be attended
+                expected.update(wanted)
+            theirs.prefetch(pages, expected, self.prefetching.prefetch_evicts)
 
-    def _plan_copies(self, later: PagedLayer, lane: int, guesses: Guesses) -> list[int]:
-        """The pages to copy ahead for a later layer: of its best guesses those that are absent and worth a copy."""
+    def _plan_copies(self, later: PagedLayer, lane: int, step: int, guesses: Guesses) -> list[int]:
+        """The pages to copy ahead for a later layer in a step: of its best guesses, to which `guesses` is cut down,
+        those that are absent and worth a copy."""
         theirs = later.pages.sequences[lane]
         if self.prefetching.overfetch is not None:
             asked_before = self._n_asked.get((later.layer_idx, lane), self.paging.n_attended(theirs.n_pages))
-            del guesses[math.ceil(self.prefetching.overfetch * asked_before) :]
-        absent = {page: confidence for page, confidence in reversed(guesses) if theirs.absent(page)}
-        in_order = list(reversed(absent.items()))
-        worth_it = self.threshold.worth_copying((later.layer_idx, lane), in_order)
+            del guesses[math.ceil(min(self.prefetching.overfetch * asked_before, len(guesses))) :]
+        absent: dict[int, float] = {}
+        for page, confidence in guesses:
+            if theirs.absent(page):
+                absent.setdefault(page, confidence)
+        worth_it = self.threshold.worth_copying((later.layer_idx, lane, step), list(absent.items()))
         self.recorder.count(later.layer_idx, prefetch_declined=len(absent) - len(worth_it))
         return worth_it[: self.prefetching.prefetch_k]
 
-    def _hint(self, predictor: Predictor, layer: PagedLayer, later: PagedLayer, lane: int) -> None:
-        """Tell the predictor what the selector would make of a later layer's pages, were its input this layer's."""
+    def _foreseen(self, layer: PagedLayer, later: PagedLayer, lane: int) -> tuple[dict[int, float], int] | None:
+        """What the selector would make of a later layer's pages, were its input this layer's, as `Predictor.hint` takes
+        it: the shares of the pages to choose from, and how many are chosen. None where nobody asks for it."""
+        if self._foresight is None or later.selector is None:
+            return None
         foreseen = self._foresight.query(later.attention, given_to=layer.attention)
-        if foreseen is None or later.selector is None:
-            return
+        if foreseen is None:
+            return None
         query, scale = foreseen
         theirs = later.pages.sequences[lane]
         grouped = group_heads(query[lane : lane + 1], later.pages.kind[1])[0] * scale  # [K, G, D]
         shares = page_shares(later.pages.scores(lane, grouped)).tolist()
         pinned = theirs.pinned_pages()
         free = {page: share for page, share in enumerate(shares) if page not in pinned}
-        n_chosen = max(0, self.paging.n_attended(theirs.n_pages) - len(pinned))
-        predictor.hint(later.layer_idx, self._step, free, n_chosen)
+        return free, max(0, self.paging.n_attended(theirs.n_pages) - len(pinned))
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
         """Tell the predictor what attention looked at."""
@@ -206,6 +214,12 @@ class PrefetchingKVCache(PagedKVCache):
                 choice = {**choice, "sequence": sequence.lane}
             self._predictors[sequence.lane] = PREDICTORS.create(choice)
         return self._predictors[sequence.lane]
+
+
+def _checked(guesses: Iterable[tuple[int, float]]) -> Guesses:
+    """The guesses of a predictor of anybody's as page numbers and confidences; TypeError or ValueError if they are
+    something else."""
+    return [(operator.index(page), float(confidence)) for page, confidence in guesses]
 
 
 def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:

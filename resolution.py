@@ -35,7 +35,7 @@ class HasPages(Protocol):
     def fetched_for_later(self, pages: Sequence[int], ticket: Ticket) -> None: ...
     def taken_up(self, page: int) -> bool: ...
     def give_up_one(self, kept: Collection[int]) -> bool: ...
-    def missed(self, pages: Collection[int]) -> None: ...
+    def looked_up(self, wanted: Collection[int], missing: Collection[int]) -> None: ...
     def count(self, **counts: float) -> None: ...
 
 
@@ -112,7 +112,7 @@ class Resolution:
                     self.sequence.arriving.pop(page)
                 self.under_way.append((ticket, pages, len(pages), sum(map(self.sequence.taken_up, pages))))
         self.sequence.count(**counts, lru_hits=sum(page in self.lru_held for page in self.ready))
-        self.sequence.missed(self.missing)
+        self.sequence.looked_up(self.wanted, self.missing)
 
     def _fetch_missing(self) -> None:
         """Start copying as many missing pages as there are slots for, as one transfer."""
@@ -139,10 +139,12 @@ class Resolution:
 
     def _has_room(self) -> bool:
         """Whether a page can be staged: in a free slot, or in that of a page evicted for it, which it is going to evict
-        anyway as it becomes resident; else in that of a page copied ahead that this request does not want."""
+        anyway as it becomes resident; else in that of a page copied ahead that this request does not want. Where pages
+        are asked for one by one, and those copied ahead hold every slot, one that is wanted later has to go too."""
         if self.table.makes_room and self.table.can_stage(self.pinned):
             return True
-        return self.sequence.give_up_one(self.request) or self.table.can_stage(self.pinned)
+        give_up_one = self.sequence.give_up_one
+        return give_up_one(self.request) or self.table.can_stage(self.pinned) or give_up_one(self.pinned)
 
     def _next_arrivals(self) -> list[int]:
         """Wait for the oldest copy, and take along those that have arrived with it."""
