@@ -8,7 +8,7 @@ are found by `paging_conflicts` and `prefetch_conflicts`, which name the key to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,8 +199,9 @@ class PrefetchSpec:
     prefetch_evicts: bool = False
 
     def __post_init__(self):
-        if self.lookahead < 1:
-            raise ValueError(f"lookahead must be at least 1, not {self.lookahead}")
+        for name in ("prefetch_k", "lookahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.overfetch is not None and not self.overfetch >= 1:
             raise ValueError(f"overfetch must be at least 1, not {self.overfetch}")
         given = self.min_confidence
@@ -208,13 +209,13 @@ class PrefetchSpec:
             raise ValueError(f"min_confidence must be a number from 0 to 1 or {ADAPTIVE!r}, not {given!r}")
 
 
-def prefetch_conflicts(prefetch: Any, paging: Any, needs_scores: bool) -> Iterator[tuple[tuple[str, ...], str]]:
+def prefetch_conflicts(prefetch: Any, paging: Any, needs: Collection[str]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings that are right alone and wrong together, as `paging_conflicts` gives them.
 
     Args:
         prefetch: anything with the attributes of `PrefetchSpec`.
         paging: anything with the attributes of `Paging`.
-        needs_scores: whether the predictor goes by a selector's scores.
+        needs: what the predictor cannot do without, of `"needs_scores"` and `"needs_recording"`.
     """
     if prefetch.prefetch_k > paging.staging_pages:
         yield (
@@ -223,7 +224,13 @@ def prefetch_conflicts(prefetch: Any, paging: Any, needs_scores: bool) -> Iterat
             f" for pages on their way; set staging_pages to at least {prefetch.prefetch_k}, or prefetch_k"
             f" to at most {paging.staging_pages}",
         )
-    if needs_scores and is_exact(paging.selector):
+    if "needs_recording" in needs and paging.on_miss == "skip":
+        yield (
+            ("predictor", "on_miss"),
+            "this predictor knows a recording of the same generation, and with 'on_miss: skip' no generation is the"
+            " same as another: what is skipped depends on when pages arrive; remove one of the two",
+        )
+    if "needs_scores" in needs and is_exact(paging.selector):
         yield (
             ("predictor", "selector"),
             "this predictor judges pages by the selector's digests of them, and 'selector: all' makes none; choose a"

@@ -307,7 +307,8 @@ class PredictiveExperiment(ReactiveExperiment):
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
-        yield from prefetch_conflicts(self, self, PREDICTORS.asks_for(self.predictor, "needs_scores"))
+        needs = {name for name in ("needs_scores", "needs_recording") if PREDICTORS.asks_for(self.predictor, name)}
+        yield from prefetch_conflicts(self, self, needs)
 
     def cache_fields(self) -> dict[str, Any]:
         prefetch = PrefetchSpec(**{key: getattr(self, key) for key in PrefetchSpec.__dataclass_fields__})

@@ -123,7 +123,8 @@ def only_asking() -> bool:
 def query_of(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """The query [B, H, T, D] that an attention module would attend with, if called so, and the factor on its scores.
 
-    It is `forward` that is called, so no hooks run; an attached cache among the arguments keeps nothing.
+    It is `forward` that is called, so no hooks of torch run (accelerate's, which bring offloaded weights, do); an
+    attached cache among the arguments keeps nothing.
 
     Raises:
         CannotPage: the module did not come to attend through transformers' AttentionInterface.

@@ -57,9 +57,9 @@ class PagedKVCache(Cache):
 
     Args:
         config: the model's config.
-        **paging: the fields of `run_specs.Paging`: `page_size`, `max_gpu_pages`, `staging_pages`, `policy`, `selector`
-            with `attention_pages` or `attention_fraction`, `granularity` and `dense_layers`, `sink_pages`,
-            `recent_pages`, `access_order`, `host_pages` and `disk_dir`, `link`, `record_pages`,
+        **paging: the fields of `cache_settings.Paging`: `page_size`, `max_gpu_pages`, `staging_pages`, `policy`,
+            `selector` with `attention_pages` or `attention_fraction`, `granularity` and `dense_layers`, `sink_pages`,
+            `recent_pages`, `access_order`, `on_miss`, `host_pages` and `disk_dir`, `link`, `record_pages`,
             `record_timeline`.
 
     Raises:
@@ -233,6 +233,8 @@ class PagedKVCache(Cache):
                 yield self
             finally:
                 self._n_attached -= 1
+                for layer in self.paged_layers:
+                    layer.attention = None  # or the cache would keep the model alive
                 self._settle()
 
     def _settle(self) -> None:

@@ -143,7 +143,7 @@ def cache_figures(
         "late_rate": ratio(decode["late"], decode["accesses"]),
         "miss_rate": ratio(decode["misses"], decode["accesses"]),
         "lru_hits": decode["lru_hits"],
-        "prefetched_hits": difference(decode["hits"], decode["lru_hits"]),
+        "hits_beyond_lru": difference(decode["hits"], decode["lru_hits"]),
         "shadow_lru_hit_rate": shadow_rate,
         "gain_over_lru": difference(hit_rate, shadow_rate),
         "shadow_lru_all_slots_hit_rate": all_slots_rate,

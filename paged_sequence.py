@@ -12,7 +12,7 @@ what is not there moves, which is the least any policy can do. `access_order` ch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -184,19 +184,28 @@ class PagedSequence:
         """Whether a page would have to be copied: it is full, and neither on the device nor on its way."""
         return 0 <= page < self.n_sealed and self.table.slot(page) is None
 
-    def prefetch(self, pages: Sequence[int], guessed: Collection[int], may_evict: bool = False) -> None:
+    def prefetch(
+        self, pages: Sequence[int], ranking: Sequence[int], kept: Collection[int] = (), may_evict: bool = False
+    ) -> None:
         """Start copying pages ahead of need, as far as there are slots for them: free ones, those of pages that were
-        copied ahead and are no longer guessed, and if `may_evict` those of resident pages that are not guessed.
+        copied ahead and are guessed less or not at all, and if `may_evict` those of resident pages not guessed.
 
         Args:
             pages: absent page ids, most wanted first.
-            guessed: all pages that are expected to be wanted, which are not given up for these.
+            ranking: all pages that are guessed, most wanted first.
+            kept: pages that are about to be attended, and so given up for none.
         """
-        kept = {*guessed, *self.pinned_pages()}
+        rank = {page: place for place, page in enumerate(ranking)}
+        kept = {*kept, *self.pinned_pages()}
         chosen: list[int] = []
         slots: list[int] = []
         for page in pages:
-            if not (self.table.free_slots or self.give_up_one(kept) or (may_evict and self._evict_for_prefetch(kept))):
+            least = max((other for other in self.arriving if other not in kept), key=self._last_of(rank), default=None)
+            if self.table.free_slots:
+                pass
+            elif least is not None and self._last_of(rank)(least) > self._last_of(rank)(page):
+                self._give_up(least)
+            elif not (may_evict and self._evict_for_prefetch(kept.union(rank))):
                 break
             slots.append(self.table.stage(page, ())[0])
             chosen.append(page)
@@ -204,7 +213,13 @@ class PagedSequence:
             ticket = self.fetch(chosen, slots)
             self.arriving.update(dict.fromkeys(chosen, ticket))
             self.recorder.copying(self.layer_idx, "prefetch", ticket, len(chosen))
+            self._evicted_for_prefetch.difference_update(chosen)
             self.count(h2d_pages=len(chosen), prefetch_issued=len(chosen))
+
+    @staticmethod
+    def _last_of(rank: Mapping[int, int]) -> Callable[[int], int]:
+        """Orders pages by how little they are wanted; those that are not ranked come last, all alike."""
+        return lambda page: rank.get(page, len(rank))
 
     def _evict_for_prefetch(self, kept: Collection[int]) -> bool:
         if all(page in kept for page in self.table.resident):
@@ -232,21 +247,23 @@ class PagedSequence:
         order = wanted if as_set else sorted(wanted)
         self.recorder.asked(self.layer_idx, self.lane, order, self.table.resident)
         plain, of_all_slots = (shadow.ask(order, pinned, as_set) for shadow in self.shadows)
+        skips = may_skip and self.paging.on_miss == "skip"
         self.count(
-            must_move=max(0, len(order) - self.table.max_resident),
+            must_move=0 if skips else max(0, len(order) - self.table.max_resident),
             shadow_hits=len(plain),
             shadow_slots_hits=len(of_all_slots),
         )
         if not as_set:
             return self._one_by_one(order, pinned, plain, look_ahead)
-        return Resolution(self, order, pinned, plain, look_ahead, skips=may_skip and self.paging.on_miss == "skip")
+        return Resolution(self, order, pinned, plain, look_ahead, skips=skips)
 
     def _one_by_one(
         self, order: Sequence[int], pinned: set[int], lru_held: Collection[int], look_ahead: LooksAhead
     ) -> Iterator[dict[int, int]]:
         """Naive paging: no page is asked for before the one before it has been attended."""
+        request = pinned.union(order)
         for page in order[:-1]:
-            yield from Resolution(self, [page], pinned, lru_held, request=order)
+            yield from Resolution(self, [page], pinned, lru_held, request=request)
         yield from Resolution(self, order[-1:], pinned, lru_held, lambda _: look_ahead(order))
 
     def attended(self, pages: Sequence[int], mass: Callable[[], list[float]]) -> None:

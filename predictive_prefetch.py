@@ -42,6 +42,7 @@ from query_foresight import QueryForesight
 from recorder import PageRequest
 from registry import PREDICTORS
 from run_specs import RunSpec
+from utils import is_out_of_memory
 from workloads import TokenRows, prompt_tokens
 
 
@@ -64,7 +65,8 @@ class PrefetchingKVCache(PagedKVCache):
         self._made_of = config, settings
         self.prefetching = PrefetchSpec(**given)
         made = PREDICTORS.create(self.prefetching.predictor)  # what is wrong with it is found now, not in a decode step
-        for _, conflict in prefetch_conflicts(self.prefetching, self.paging, getattr(made, "needs_scores", False)):
+        needs = {name for name in ("needs_scores", "needs_recording") if getattr(made, name, False)}
+        for _, conflict in prefetch_conflicts(self.prefetching, self.paging, needs):
             raise ValueError(conflict)
         uses_scores = self.paging.selects and getattr(made, "uses_scores", False)
         self._foresight = QueryForesight(self) if uses_scores else None
@@ -81,7 +83,7 @@ class PrefetchingKVCache(PagedKVCache):
         self.threshold = ConfidenceThreshold(self.prefetching.min_confidence)
         self._predictors: dict[int, Predictor] = {}
         self._n_asked: dict[tuple[int, int], int] = {}
-        self._step_began: tuple[float, float] | None = None
+        self._step_began: tuple[float, list[float]] | None = None
 
     def reset(self) -> None:
         super().reset()
@@ -105,14 +107,17 @@ class PrefetchingKVCache(PagedKVCache):
         super()._begin_step(n_new)
         if self.phase == "decode":
             self.threshold.begin_step(self._link_load())
+        else:
+            self._step_began = None
 
     def _link_load(self) -> float | None:
         """The share of the time since the last decode step began that the busiest link has spent moving pages."""
         now, busy_ms = time.perf_counter(), [transport.busy_ms_so_far() for transport in self._transports.values()]
-        before, self._step_began = self._step_began, (now, max(busy_ms, default=0.0))
-        if before is None or self._step == 0:
+        before, self._step_began = self._step_began, (now, busy_ms)
+        if before is None or len(before[1]) != len(busy_ms) or self._step == 0:
             return None
-        return (self._step_began[1] - before[1]) / (1000.0 * (now - before[0]))
+        moved_ms = max(after - earlier for after, earlier in zip(busy_ms, before[1], strict=True))
+        return moved_ms / (1000.0 * (now - before[0]))
 
     def look_ahead(self, layer: PagedLayer, sequence: PagedSequence, wanted: Sequence[int]) -> None:
         """The link has time: copy ahead for a later layer (after the last one, for those of the next step)."""
@@ -134,10 +139,11 @@ class PrefetchingKVCache(PagedKVCache):
         pages = self._plan_copies(later, sequence.lane, self._step + steps, guesses)
         self._spent_predicting(layer, started)
         if pages:
-            theirs, expected = later.pages.sequences[sequence.lane], {page for page, _ in guesses}
-            if theirs is sequence:  # the later layer is this one, in a later step: its pages are still to be attended
-                expected.update(wanted)
-            theirs.prefetch(pages, expected, self.prefetching.prefetch_evicts)
+            theirs = later.pages.sequences[sequence.lane]
+            # The later layer may be this one, in a later step: then its pages are still to be attended.
+            attended_now = wanted if theirs is sequence else ()
+            ranking = list(dict.fromkeys(page for page, _ in guesses))
+            theirs.prefetch(pages, ranking, attended_now, self.prefetching.prefetch_evicts)
 
     def _plan_copies(self, later: PagedLayer, lane: int, step: int, guesses: Guesses) -> list[int]:
         """The pages to copy ahead for a later layer in a step: of its best guesses, to which `guesses` is cut down,
@@ -150,9 +156,10 @@ class PrefetchingKVCache(PagedKVCache):
         for page, confidence in guesses:
             if theirs.absent(page):
                 absent.setdefault(page, confidence)
-        worth_it = self.threshold.worth_copying((later.layer_idx, lane, step), list(absent.items()))
-        self.recorder.count(later.layer_idx, prefetch_declined=len(absent) - len(worth_it))
-        return worth_it[: self.prefetching.prefetch_k]
+        limit = self.prefetching.prefetch_k
+        chosen = self.threshold.worth_copying((later.layer_idx, lane, step), list(absent.items()), limit)
+        self.recorder.count(later.layer_idx, prefetch_declined=min(limit, len(absent)) - len(chosen))
+        return chosen
 
     def _foreseen(self, layer: PagedLayer, later: PagedLayer, lane: int) -> tuple[dict[int, float], int] | None:
         """What the selector would make of a later layer's pages, were its input this layer's, as `Predictor.hint` takes
@@ -188,16 +195,21 @@ class PrefetchingKVCache(PagedKVCache):
         try:
             yield
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             name = self.prefetching.predictor if isinstance(self.prefetching.predictor, str) else None
             name = name or self.prefetching.predictor["name"]
             raise RuntimeError(f"predictor {name!r} failed: {type(error).__name__}: {error}") from error
 
     def rows_selected(self, rows: Sequence[int]) -> None:
         """Let each row's predictor follow it."""
-        old, self._predictors = self._predictors, {}
-        for lane, row in enumerate(rows):
-            if row in old:
-                self._predictors[lane] = copy.deepcopy(old[row])
+        if list(rows) == list(range(len(self._predictors))):
+            return
+        if not PREDICTORS.asks_for(self.prefetching.predictor, "needs_recording"):  # which changed its rows alike
+            old, self._predictors = self._predictors, {}
+            for lane, row in enumerate(rows):
+                if row in old:
+                    self._predictors[lane] = copy.deepcopy(old[row])
         self.threshold.forget()
         self._n_asked.clear()
 

@@ -35,7 +35,7 @@ DETAIL_LAYERS = 3
 
 SEGMENTS = {  # of a layer's accesses, from the bottom up
     "lru_hits": ("hit that plain LRU would have had", COLOURS[5]),
-    "prefetched_hits": ("hit by prefetch", COLOURS[3]),
+    "hits_beyond_lru": ("hit that it would not have had", COLOURS[3]),
     "late": ("late: on its way, computing had to wait", COLOURS[7]),
     "misses": ("miss: asked for only then", COLOURS[6]),
     "skipped": ("skipped: left out rather than waited for", COLOURS[0]),
@@ -101,14 +101,16 @@ def _in_words(choice: str | Mapping[str, Any]) -> str:
 def access_shares(layer: Mapping[str, Any]) -> dict[str, float]:
     """What became of a layer's accesses, by the keys of `SEGMENTS`, as shares of them all; together they are 1.
 
-    `prefetched_hits` are the hits less those that plain LRU of the same size would have had as well.
+    `hits_beyond_lru` are the hits less those that plain LRU of the same size would have had as well. A step that skips
+    what is not there waits for nothing, so what was late or missed is skipped then.
     """
+    skipped = layer.get("skipped", 0)
     counts = {
         "lru_hits": layer["lru_hits"],
-        "prefetched_hits": layer["hits"] - layer["lru_hits"],
-        "late": layer["late"],
-        "misses": layer["misses"],
-        "skipped": layer.get("skipped", 0),
+        "hits_beyond_lru": layer["hits"] - layer["lru_hits"],
+        "late": 0 if skipped else layer["late"],
+        "misses": 0 if skipped else layer["misses"],
+        "skipped": skipped,
     }
     total = sum(counts.values())
     return {name: count / total for name, count in counts.items()}

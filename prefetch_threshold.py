@@ -13,12 +13,13 @@ prefetchers by the same two measurements, accuracy and bandwidth.
 
 What a predictor says of its guesses is taken for p only at first. `Calibration` records how often guesses of each
 confidence came true. It does so for the guesses that would have to be copied, of which far fewer come true than of
-those that are on the device already, and for all of these, copied or held back: a confidence that is held back today
-can so earn its way.
+those that are on the device already; and of these for the first ones, copied or held back, so that a confidence that is
+held back today can earn its way. Guesses too far down the ranking to be copied would only spoil the record.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -26,18 +27,19 @@ from typing import Any
 from cache_settings import ADAPTIVE
 from fading import Guesses
 
-N_BINS = 10
+EDGES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)  # of the bins, narrow where most guesses are
 PRIOR_GUESSES = 2.0  # what a predictor's own word counts for, in guesses
 CALIBRATION_SMOOTHING = 0.9  # half of what is known of guesses is from the last 7 steps
 LOAD_SMOOTHING = 0.8  # and half of what is known of the load from the last 3
 
 
 class Calibration:
-    """How often guesses come true, by their confidence, in `N_BINS` bins of equal width."""
+    """How often guesses come true, by their confidence, in bins between `EDGES`; of all layers together."""
 
     def __init__(self) -> None:
-        self._guessed, self._used = [0.0] * N_BINS, [0.0] * N_BINS  # fading
-        self._n, self._n_used, self._confidence = [0] * N_BINS, [0] * N_BINS, [0.0] * N_BINS  # of the whole run
+        n_bins = len(EDGES) - 1
+        self._guessed, self._used = [0.0] * n_bins, [0.0] * n_bins  # fading
+        self._n, self._n_used, self._confidence = [0] * n_bins, [0] * n_bins, [0.0] * n_bins  # of the whole run
 
     def learn(self, confidence: float, used: bool) -> None:
         """A guess of that confidence, from 0 to 1, was judged."""
@@ -63,8 +65,8 @@ class Calibration:
         of them that came true, `used`."""
         return [
             {
-                "low": place / N_BINS,
-                "high": (place + 1) / N_BINS,
+                "low": EDGES[place],
+                "high": EDGES[place + 1],
                 "n": n,
                 "confidence": self._confidence[place] / n,
                 "used": self._n_used[place] / n,
@@ -75,7 +77,7 @@ class Calibration:
 
 
 def _bin(confidence: float) -> int:
-    return min(N_BINS - 1, int(confidence * N_BINS))
+    return min(len(EDGES) - 2, bisect.bisect_right(EDGES, confidence) - 1)
 
 
 class ConfidenceThreshold:
@@ -110,17 +112,28 @@ class ConfidenceThreshold:
         self.calibration.fade()
         self.history.append({"step": len(self.history), "threshold": self.threshold, "link_load": self._load})
 
-    def worth_copying(self, asker: Any, guesses: Guesses) -> list[int]:
-        """The pages among the guesses that are worth a copy, in their order.
+    def worth_copying(self, asker: Any, guesses: Guesses, limit: int) -> list[int]:
+        """The first pages among the guesses that are worth a copy, in their order.
 
         Args:
             asker: who will ask for them, as `judge` is told later.
             guesses: pages that are not on the device, each once.
+            limit: most pages to copy.
         """
-        confident = {page: _between_0_and_1(confidence) for page, confidence in guesses}
-        self._pending[asker] = confident
-        of = self.calibration.probability if self.adaptive else float
-        return [page for page, confidence in confident.items() if of(confidence) >= self.threshold]
+        probability = self.calibration.probability if self.adaptive else float
+        chosen: list[int] = []
+        judged: dict[int, float] = {}
+        for page, guessed in guesses:
+            if len(chosen) == limit:
+                break
+            confidence = _between_0_and_1(guessed)
+            is_worth_it = probability(confidence) >= self.threshold
+            if is_worth_it:
+                chosen.append(page)
+            if is_worth_it or len(judged) < limit:
+                judged[page] = confidence
+        self._pending[asker] = judged
+        return chosen
 
     def judge(self, asker: Any, wanted: Collection[int]) -> None:
         """The asker has asked for these pages: learn from the guesses that were made for it."""

@@ -31,6 +31,7 @@ class QueryForesight:
     def __init__(self, cache: Any):
         self._cache = weakref.ref(cache)
         self._calls: dict[torch.nn.Module, tuple[tuple, dict[str, Any]]] = {}
+        self._queries: dict[torch.nn.Module, tuple[torch.nn.Module, tuple[torch.Tensor, float]]] = {}
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
@@ -47,8 +48,12 @@ class QueryForesight:
             for hook in hooks:
                 hook.remove()
             self._calls.clear()
+            self._queries.clear()
 
-    def _note(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _note(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # of another thread, as a hook is there for a moment before it is one that gets them
+            return
+        self._queries.pop(module, None)
         states = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim() == 3]
         is_decode = bool(states) and states[0].shape[1] == 1  # a whole prompt's states are not worth their memory
         if is_decode and any(value is self._cache() for value in (*args, *kwargs.values())):
@@ -59,5 +64,9 @@ class QueryForesight:
         another; None where one of them has not been seen at work."""
         if of is None or given_to not in self._calls:
             return None
-        args, kwargs = self._calls[given_to]
-        return hf_attention.query_of(of, args, kwargs)
+        asked, found = self._queries.get(given_to, (None, None))
+        if asked is not of:  # once for all rows of a batch
+            args, kwargs = self._calls[given_to]
+            found = hf_attention.query_of(of, args, kwargs)
+            self._queries[given_to] = of, found
+        return found

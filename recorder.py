@@ -136,7 +136,7 @@ class Recorder:
                 for name, amount in counts.items():
                     setattr(record, name, getattr(record, name) + amount)
 
-    def waited(self, layer: int, stall: Stall, n_early: int = 0, n_prefetched: int = 0) -> None:
+    def waited(self, layer: int, stall: Stall, n_early: int = 0, n_prefetched: int = 0, n_lru_held: int = 0) -> None:
         """Add time that computing waited for a copy.
 
         Args:
@@ -144,12 +144,13 @@ class Recorder:
             n_early: pages of that copy that were on their way as they were asked for; they are late, or hits if it
                 turns out that nothing had to wait for them.
             n_prefetched: how many of these a prediction had asked for.
+            n_lru_held: how many of these plain LRU would have held.
         """
         if self.timeline is not None:
             self.timeline.waited(layer, stall)
         with self._lock:
             records = self._records(layer)
-            self._add(partial(_add_wait, records, n_early, n_prefetched), stall)
+            self._add(partial(_add_wait, records, n_early, n_prefetched, n_lru_held), stall)
 
     def spent(self, layer: int, stage: str, time: Stall) -> None:
         """Add the time of a stage, `"select"`, `"predict"` or `"attend"`; in ms, or a function that gives it after the
@@ -214,7 +215,7 @@ def _add_time(records: Sequence[StepRecord], field: str, milliseconds: float) ->
         setattr(record, field, getattr(record, field) + milliseconds)
 
 
-def _add_wait(records: Sequence[StepRecord], n_early: int, n_prefetched: int, stall_ms: float) -> None:
+def _add_wait(records: Sequence[StepRecord], n_early: int, n_prefetched: int, n_lru_held: int, stall_ms: float) -> None:
     for record in records:
         record.stall_ms += stall_ms
         if stall_ms > EVENT_RESOLUTION_MS:
@@ -222,11 +223,12 @@ def _add_wait(records: Sequence[StepRecord], n_early: int, n_prefetched: int, st
             record.prefetch_late += n_prefetched
         else:
             record.hits += n_early
+            record.lru_hits += n_lru_held
             record.prefetch_on_time += n_prefetched
 
 
 _KNOWN_AFTERWARDS = (
-    *("accesses", "hits", "late", "prefetch_on_time", "prefetch_late"),
+    *("accesses", "hits", "late", "lru_hits", "prefetch_on_time", "prefetch_late"),
     *("select_ms", "stall_ms", "attend_ms"),
 )
 _SUMMED = [field.name for field in dataclasses.fields(StepRecord) if field.name not in ("step", "phase")]

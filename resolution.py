@@ -50,7 +50,7 @@ class Resolution:
         sequence: whose pages.
         wanted, pinned, look_ahead: as for `PagedSequence.resolve`.
         lru_held: the wanted pages that plain LRU would have held.
-        request: all pages of the request that `wanted` is a part of, if it is a part.
+        request: pages of the request that are not to be given up for these, where `wanted` is a part of it.
         skips: do without the pages that are not there, and have them copied for a later step.
     """
 
@@ -61,17 +61,17 @@ class Resolution:
         pinned: set[int],
         lru_held: Collection[int],
         look_ahead: LooksAhead | None = None,
-        request: Sequence[int] = (),
+        request: set[int] | None = None,
         skips: bool = False,
     ):
         self.sequence, self.table, self.wanted, self.lru_held = sequence, sequence.table, wanted, lru_held
         self.look_ahead, self.always_pinned, self.skips = look_ahead, pinned, skips
         self.pinned = pinned.union(wanted)
-        self.request = self.pinned.union(request)
+        self.request = set(self.pinned) if request is None else request
         self.ready: list[int] = []
         self.missing: deque[int] = deque()
-        # Copies with their pages, and how many of these a later step or a prediction had them made for.
-        self.under_way: deque[tuple[Ticket, list[int], int, int]] = deque()
+        # Copies with their pages; and how many of these were on their way already, prefetched, and held by plain LRU.
+        self.under_way: deque[tuple[Ticket, list[int], int, int, int]] = deque()
         self._find()
         self._fetch_missing()
 
@@ -83,6 +83,8 @@ class Resolution:
             pages = self._next_arrivals()
             yield self._slots(pages)
             self._release(pages)
+        if self.missing:
+            raise RuntimeError(f"layer {self.sequence.layer_idx}: no slot was to be had for pages {[*self.missing]}")
 
     def _find(self) -> None:
         """Sort the wanted pages into hits, misses and those still on their way, which are counted as they are waited
@@ -110,9 +112,13 @@ class Resolution:
             for ticket, pages in on_their_way.values():
                 for page in pages:
                     self.sequence.arriving.pop(page)
-                self.under_way.append((ticket, pages, len(pages), sum(map(self.sequence.taken_up, pages))))
-        self.sequence.count(**counts, lru_hits=sum(page in self.lru_held for page in self.ready))
+                n_prefetched, n_lru = sum(map(self.sequence.taken_up, pages)), self._n_lru_held(pages)
+                self.under_way.append((ticket, pages, len(pages), n_prefetched, n_lru))
+        self.sequence.count(**counts, lru_hits=self._n_lru_held(self.ready))
         self.sequence.looked_up(self.wanted, self.missing)
+
+    def _n_lru_held(self, pages: Sequence[int]) -> int:
+        return sum(page in self.lru_held for page in pages)
 
     def _fetch_missing(self) -> None:
         """Start copying as many missing pages as there are slots for, as one transfer."""
@@ -131,7 +137,7 @@ class Resolution:
             if self.skips:
                 self.sequence.fetched_for_later(pages, ticket)
             else:
-                self.under_way.append((ticket, pages, 0, 0))
+                self.under_way.append((ticket, pages, 0, 0, 0))
         if self.skips:
             self.missing.clear()
         if not self.missing and self.look_ahead is not None:

@@ -252,7 +252,7 @@ PREDICTORS_COMPARED = SideBySide(
     plural="predictors",
     columns=(  # 80 characters at most: no cell takes more than five, and a longer name wraps
         Column("hits\n%", _of_cache("hit_rate"), short),
-        Column("not\nLRU's", lambda run: percent(run.cache.get("prefetched_hits"), run.cache["accesses"]), short),
+        Column("not\nLRU's", lambda run: percent(run.cache.get("hits_beyond_lru"), run.cache["accesses"]), short),
         Column("over\nLRU", _of_cache("gain_over_lru"), signed),
         Column("over\nslots", _of_cache("gain_over_lru_all_slots"), signed),
         Column("acc\n%", _of_prefetch("accuracy"), short),

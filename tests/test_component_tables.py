@@ -31,7 +31,7 @@ def rows_of(*results):
         ("hit rate of plain LRU, %", "80.00"),
         ("hit rate of LRU with all slots, %", "92.00"),
         ("hits / late / misses", "900 / 40 / 60"),
-        ("hits of LRU / by prefetch", "780 / 120"),
+        ("hits of LRU / beyond it", "780 / 120"),
         ("transfer hidden behind computing, %", "62.50"),
         ("prefetches on time / late / wasted", "120 / 40 / 40"),
         ("guesses held back by the threshold", "1,234"),
@@ -51,7 +51,7 @@ def test_rows_of_prefetch_are_left_out_without_it():
     without = rows_of(make_run()).keys() - rows_of(make_run("reactive")).keys()
     assert without == {
         "- predicting pages, ms per token",
-        "hits of LRU / by prefetch",
+        "hits of LRU / beyond it",
         "prefetches issued",
         "prefetches on time / late / wasted",
         "guesses held back by the threshold",
@@ -65,7 +65,7 @@ def test_rows_of_prefetch_are_left_out_without_it():
     ("block", "figure", "row"),
     [
         ("cache", "shadow_lru_all_slots_hit_rate", "hit rate of LRU with all slots, %"),
-        ("cache", "lru_hits", "hits of LRU / by prefetch"),
+        ("cache", "lru_hits", "hits of LRU / beyond it"),
         ("cache", "hidden_transfer_share", "transfer hidden behind computing, %"),
         ("prefetch", "declined", "guesses held back by the threshold"),
         ("prefetch", "pollution", "pollution, misses"),

@@ -177,7 +177,7 @@ def test_a_predictor_with_parameters_is_described_with_them():
 
 def test_shares_of_accesses_are_those_computed_by_hand():
     assert access_shares(LAYERS[0]) == {
-        **{"lru_hits": 0.4, "prefetched_hits": 0.2, "late": 0.1, "misses": 0.3, "skipped": 0.0}
+        **{"lru_hits": 0.4, "hits_beyond_lru": 0.2, "late": 0.1, "misses": 0.3, "skipped": 0.0}
     }
     assert access_shares(LAYERS[0] | {"skipped": 10})["skipped"] == 0.5
 

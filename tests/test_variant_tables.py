@@ -126,14 +126,14 @@ def test_a_figure_that_is_missing_in_one_repetition_is_the_mean_of_the_others():
 
 
 def test_what_was_not_measured_is_a_dash():
-    gone = dict.fromkeys(("prefetched_hits", "gain_over_lru_all_slots", "stages"))
+    gone = dict.fromkeys(("hits_beyond_lru", "gain_over_lru_all_slots", "stages"))
     run = make_run(cache=gone | {"stages": {}}, prefetch={"accuracy": None, "timeliness": None})
     row = rows_of(printed(PREDICTORS_COMPARED, {"none": [run]}), {"none"})["none"]
     assert [place for place, cell in enumerate(row) if cell == DASH] == [1, 3, 4, 6, 11]
 
 
 def test_the_widest_figures_fit_a_screen_of_80_characters_uncut():
-    large = {"hit_rate": 1.0, "accesses": 10**7, "hits": 10**7, "prefetched_hits": 10**7, "stall_ms": 123456.0}
+    large = {"hit_rate": 1.0, "accesses": 10**7, "hits": 10**7, "hits_beyond_lru": 10**7, "stall_ms": 123456.0}
     large |= {"gain_over_lru": -0.999, "gain_over_lru_all_slots": 0.999, "stages": {"predict_ms": 987654.0}}
     prefetch = {"accuracy": 1.0, "coverage": 1.0, "timeliness": 1.0, "issued": 123456, "wasted_bytes": 12345 * MIB}
     names = ("none", "layer_ahead", "cross_layer", "my_own_parts:WithALongName (smoothing=0.25)")

@@ -15,7 +15,7 @@ CACHE = {
     "shadow_lru_hit_rate": 0.8,
     "gain_over_lru": 0.1,
     "lru_hits": 780,
-    "prefetched_hits": 120,
+    "hits_beyond_lru": 120,
     "shadow_lru_all_slots_hit_rate": 0.92,
     "gain_over_lru_all_slots": -0.02,
     "evictions": 55,
