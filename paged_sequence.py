@@ -94,7 +94,9 @@ class PagedSequence:
     def _open(self, page: int) -> int:
         """A slot for a page that does not exist yet, by eviction if need be."""
         pinned = self._pinned_of(page + 1)
-        if not self.table.makes_room:
+        if self.paging.on_miss == "skip":
+            pinned.add(page - 1)  # its copy to the host has just begun, and a new page would wait until it is done
+        if not self.table.makes_room and not self.give_up_one(pinned, only_arrived=True):
             self.give_up_one(pinned)
         slot, evicted = self.table.open(page, pinned)
         for shadow in self.shadows:
@@ -196,7 +198,8 @@ class PagedSequence:
         chosen: list[int] = []
         slots: list[int] = []
         for page in pages:
-            if not (self.table.free_slots or self.give_up_one(kept) or (may_evict and self._evict_for_prefetch(kept))):
+            has_slot = self.table.free_slots or self.give_up_one(kept, only_arrived=self.paging.on_miss == "skip")
+            if not (has_slot or (may_evict and self._evict_for_prefetch(kept))):
                 break
             slots.append(self.table.stage(page, ())[0])
             chosen.append(page)
@@ -270,13 +273,18 @@ class PagedSequence:
         self._demanded.discard(page)
         return ahead
 
-    def give_up_one(self, kept: Collection[int]) -> bool:
-        """Free the slot of the page that has been in `arriving` longest and is not in `kept`; whether there was one."""
-        page = next((page for page in self.arriving if page not in kept), None)
-        if page is None:
-            return False
-        self._give_up(page)
-        return True
+    def give_up_one(self, kept: Collection[int], only_arrived: bool = False) -> bool:
+        """Free the slot of the page that has been in `arriving` longest and is not in `kept`; whether there was one.
+
+        Args:
+            only_arrived: spare pages whose copy is under way. Who waits for no copy has to: else ever more of them
+                would be asked for and given up, and none would arrive before its slot is given to another.
+        """
+        for page, ticket in self.arriving.items():
+            if page not in kept and (not only_arrived or ticket.done()):
+                self._give_up(page)
+                return True
+        return False
 
     def _give_up(self, page: int) -> None:
         """Free the slot of a page in `arriving`. A copy under way is not stopped, which no bus can; the slot is only
