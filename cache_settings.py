@@ -35,7 +35,7 @@ class Paging:
         sink_pages, recent_pages: first and last pages that are always resident; the open page is the most recent.
         access_order: `"resident_first"`, all wanted pages are asked for as a set; or `"position"`, one by one.
         on_miss: `"wait"` for a page that is not on the device; or `"skip"` it in this step and have it copied for a
-            later one, an approximation in which a decode step waits for nothing.
+            later one, as far as slots are free; an approximation in which a decode step waits for no page.
         host_pages: pages kept in host memory, times the rows of the first batch; later ones go to a file on disk.
             None for all in memory.
         disk_dir: folder of that file; None for the system's temporary folder.

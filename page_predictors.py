@@ -264,12 +264,10 @@ class Ranked(QuietPredictor):
         self._hints[layer] = step, shares, n
 
     def predict(self, layer: int, step: int) -> Guesses:
-        if layer not in self._layers:
-            return []
-        record = self._layers[layer]
+        hinted_step, foreseen, n = self._hints.get(layer, (-1, {}, 0))
+        record = self._record(layer)
         frequencies = record.requests.means()
         reliability = record.reliability()
-        hinted_step, foreseen, n = self._hints.get(layer, (-1, {}, 0))
 
         def score(page: int, attention: float) -> float:
             return (

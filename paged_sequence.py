@@ -94,7 +94,9 @@ class PagedSequence:
     def _open(self, page: int) -> int:
         """A slot for a page that does not exist yet, by eviction if need be."""
         pinned = self._pinned_of(page + 1)
-        if not self.table.makes_room:
+        if self.paging.on_miss == "skip":
+            pinned.add(page - 1)  # its copy to the host has just begun, and a new page would wait until it is done
+        if not self.table.makes_room and not self.give_up_one(pinned, only_arrived=True):
             self.give_up_one(pinned)
         slot, evicted = self.table.open(page, pinned)
         for shadow in self.shadows:
@@ -200,7 +202,8 @@ class PagedSequence:
         chosen: list[int] = []
         slots: list[int] = []
         for page in pages:
-            least = max((other for other in self.arriving if other not in kept), key=self._last_of(rank), default=None)
+            spare = self._spare(kept, only_arrived=self.paging.on_miss == "skip")
+            least = max(spare, key=self._last_of(rank), default=None)
             if self.table.free_slots:
                 pass
             elif least is not None and self._last_of(rank)(least) > self._last_of(rank)(page):
@@ -287,13 +290,24 @@ class PagedSequence:
         self._demanded.discard(page)
         return ahead
 
-    def give_up_one(self, kept: Collection[int]) -> bool:
-        """Free the slot of the page that has been in `arriving` longest and is not in `kept`; whether there was one."""
-        page = next((page for page in self.arriving if page not in kept), None)
+    def give_up_one(self, kept: Collection[int], only_arrived: bool = False) -> bool:
+        """Free the slot of the page that has been in `arriving` longest and is not in `kept`; whether there was one.
+
+        Args:
+            only_arrived: spare pages whose copy is under way. Who waits for no copy has to: else ever more of them
+                would be asked for and given up, and none would arrive before its slot is given to another.
+        """
+        page = next(self._spare(kept, only_arrived), None)
         if page is None:
             return False
         self._give_up(page)
         return True
+
+    def _spare(self, kept: Collection[int], only_arrived: bool) -> Iterator[int]:
+        """The pages in `arriving` that may be given up, those that have been there longest first."""
+        return (
+            page for page, ticket in self.arriving.items() if page not in kept and (not only_arrived or ticket.done())
+        )
 
     def _give_up(self, page: int) -> None:
         """Free the slot of a page in `arriving`. A copy under way is not stopped, which no bus can; the slot is only

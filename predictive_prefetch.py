@@ -172,10 +172,12 @@ class PrefetchingKVCache(PagedKVCache):
         query, scale = foreseen
         theirs = later.pages.sequences[lane]
         grouped = group_heads(query[lane : lane + 1], later.pages.kind[1])[0] * scale  # [K, G, D]
-        shares = page_shares(later.pages.scores(lane, grouped)).tolist()
-        pinned = theirs.pinned_pages()
-        free = {page: share for page, share in enumerate(shares) if page not in pinned}
-        return free, max(0, self.paging.n_attended(theirs.n_pages) - len(pinned))
+        # Pages that are pinned take part in no choice, so they have no share either: heads would weigh less that look
+        # at them most.
+        first, end = self.paging.sink_pages, theirs.n_pages - self.paging.recent_pages
+        shares = page_shares(later.pages.scores(lane, grouped)[first : max(first, end)]).tolist()
+        n_chosen = max(0, self.paging.n_attended(theirs.n_pages) - len(theirs.pinned_pages()))
+        return dict(enumerate(shares, start=first)), n_chosen
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
         """Tell the predictor what attention looked at."""

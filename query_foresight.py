@@ -53,11 +53,15 @@ class QueryForesight:
     def _note(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # of another thread, as a hook is there for a moment before it is one that gets them
             return
+        given = (*args, *kwargs.values())
+        if not any(value is self._cache() for value in given):
+            return
         self._queries.pop(module, None)
-        states = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim() == 3]
-        is_decode = bool(states) and states[0].shape[1] == 1  # a whole prompt's states are not worth their memory
-        if is_decode and any(value is self._cache() for value in (*args, *kwargs.values())):
+        states = [value for value in given if isinstance(value, torch.Tensor) and value.dim() == 3]
+        if states and states[0].shape[1] == 1:
             self._calls[module] = args, kwargs
+        else:  # a whole prompt's states are not worth their memory, and the call before it is past
+            self._calls.pop(module, None)
 
     def query(self, of: torch.nn.Module | None, given_to: torch.nn.Module | None) -> tuple[torch.Tensor, float] | None:
         """The query [B, H, 1, D] of an attention module, and the factor on its scores, if its input were that of

@@ -34,7 +34,7 @@ class HasPages(Protocol):
     def fetch(self, pages: Sequence[int], slots: Sequence[int]) -> Ticket: ...
     def fetched_for_later(self, pages: Sequence[int], ticket: Ticket) -> None: ...
     def taken_up(self, page: int) -> bool: ...
-    def give_up_one(self, kept: Collection[int]) -> bool: ...
+    def give_up_one(self, kept: Collection[int], only_arrived: bool = False) -> bool: ...
     def looked_up(self, wanted: Collection[int], missing: Collection[int]) -> None: ...
     def count(self, **counts: float) -> None: ...
 
@@ -93,7 +93,6 @@ class Resolution:
         n_on_their_way = on_time = 0
         for page in self.wanted:
             if page in self.table.resident:
-                self.table.touch(page)
                 self.ready.append(page)
             elif page not in self.table.staged:
                 self.missing.append(page)
@@ -105,6 +104,9 @@ class Resolution:
             else:
                 n_on_their_way += 1
                 on_their_way.setdefault(id(ticket), (ticket, []))[1].append(page)
+        for page in reversed(self.wanted):  # the most wanted last, so that it counts as the most recently used
+            if page in self.table.resident:
+                self.table.touch(page)
         counts = {"hits": len(self.ready), "misses": len(self.missing), "prefetch_on_time": on_time}
         if self.skips:
             counts |= {"late": n_on_their_way, "skipped": n_on_their_way + len(self.missing)}
@@ -146,7 +148,11 @@ class Resolution:
     def _has_room(self) -> bool:
         """Whether a page can be staged: in a free slot, or in that of a page evicted for it, which it is going to evict
         anyway as it becomes resident; else in that of a page copied ahead that this request does not want. Where pages
-        are asked for one by one, and those copied ahead hold every slot, one that is wanted later has to go too."""
+        are asked for one by one, and those copied ahead hold every slot, one that is wanted later has to go too.
+
+        A request that skips evicts nothing before the page is there, and so leaves a new page its slot."""
+        if self.skips:
+            return bool(self.table.free_slots) or self.sequence.give_up_one(self.request, only_arrived=True)
         if self.table.makes_room and self.table.can_stage(self.pinned):
             return True
         give_up_one = self.sequence.give_up_one

@@ -37,8 +37,9 @@ class ShadowLRU:
         Args:
             pages: the pages asked for, each once, in the order in which they are taken.
             pinned: pages that are not evicted; a set, as each eviction looks into it.
-            resident_first: take the pages that are kept already first, as `PagedSequence.resolve` does, and then the
-                missing ones, which may evict those. Else take page by page, whether kept or missing.
+            resident_first: take the pages that are kept already first, as `PagedSequence.resolve` does, the first of
+                them last, and then the missing ones, which may evict those. Else take page by page, whether kept or
+                missing.
 
         Returns:
             The pages that were hits.
@@ -46,13 +47,10 @@ class ShadowLRU:
         order = self._order
         if resident_first:
             hits = order.keys() & pages
-            missing = []
-            for page in pages:
+            for page in reversed(pages):
                 if page in hits:
                     order.move_to_end(page)
-                else:
-                    missing.append(page)
-            self._keep(missing, pinned)
+            self._keep([page for page in pages if page not in hits], pinned)
             return hits
         hits = set()
         for page in pages:

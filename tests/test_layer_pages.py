@@ -102,7 +102,9 @@ class PagesAgainstTensors(RuleBasedStateMachine):
     @rule(data=st.data())
     def prefetch(self, data):
         for sequence in self.pages.sequences:
-            sequence.prefetch(data.draw(st.lists(st.integers(-1, 12), max_size=4)), 1)
+            guessed = data.draw(st.lists(st.integers(-1, 12), max_size=4, unique=True))
+            absent = [page for page in guessed if sequence.absent(page)]
+            sequence.prefetch(absent, guessed, may_evict=data.draw(st.booleans()))
 
     @precondition(lambda self: self.mask.shape[1])
     @rule(data=st.data())

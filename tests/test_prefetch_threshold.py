@@ -220,8 +220,8 @@ def test_unjudged_guesses_are_forgotten_as_rows_change(llama):
 
 
 def test_the_load_of_a_link_that_takes_longer_than_computing_holds_wrong_guesses_back(llama):
-    """A page takes 3 ms, and each of the steps copies some on demand: the link is busy all the time, nearly."""
-    link = {"bandwidth_gb_s": 2048e-9 / 0.003, "latency_us": 0}
+    """A page takes 5 ms, and each of the steps copies some on demand: the link is busy nearly all the time."""
+    link = {"bandwidth_gb_s": 2048e-9 / 0.005, "latency_us": 0}
     cache = PrefetchingKVCache(llama.config, **SMALL, predictor="random", prefetch_k=3, link=link)
     with cache.attached(llama):
         continue_prompt(llama, make_prompt(90), 25, past_key_values=cache)

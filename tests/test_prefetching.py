@@ -452,7 +452,7 @@ def test_a_run_with_the_oracle_records_itself_and_no_other_predictor_misses_less
         for parameter in loaded.model.parameters():
             parameter.mul_(6.0 if parameter.ndim > 1 else 1.0)
     paging = {"page_size": 8, "max_gpu_pages": 4, "staging_pages": 2, "selector": "quest", "attention_pages": 5}
-    common = {"mode": "predictive", "context_lengths": [100], "num_runs": 1, "max_new_tokens": 16, "warmup_runs": 1}
+    common = {"mode": "predictive", "context_lengths": [100], "num_runs": 1, "max_new_tokens": 10, "warmup_runs": 0}
     common |= paging | {"device": "cpu", "link": "memory", "prefetch_k": 2, "min_confidence": 0, "batch_size": 2}
     results = {name: run(expand([PredictiveExperiment(**common, predictor=name)])[0], loaded) for name in PREDICTORS}
     rates = {name: result.cache["hit_rate"] + result.cache["late_rate"] for name, result in results.items()}
