@@ -654,6 +654,10 @@ CONFLICTS = [
     ("{mode: reactive, attention_fraction: 0.5}", "'attention_fraction' has no effect with 'selector: all'"),
     ("{mode: reactive, granularity: kv_head}", "'granularity' has no effect with 'selector: all'"),
     ("{mode: reactive, dense_layers: 2}", "'dense_layers' has no effect with 'selector: all'"),
+    (
+        "{mode: predictive, predictor: oracle, on_miss: skip}",
+        "this predictor knows a recording of the same generation, and with 'on_miss: skip'",
+    ),
     ("{mode: reactive, disk_dir: /tmp}", "'disk_dir' has no effect without host_pages"),
 ]
 ALLOWED_TOGETHER = [
@@ -663,6 +667,8 @@ ALLOWED_TOGETHER = [
     "{mode: reactive, max_gpu_pages: 3}",
     "{mode: reactive, staging_pages: 1}",
     "{mode: predictive, staging_pages: 4}",
+    "{mode: predictive, predictor: oracle}",
+    "{mode: predictive, predictor: ranked, on_miss: skip}",
     "{mode: predictive, prefetch_k: 40, staging_pages: 40}",
 ]
 

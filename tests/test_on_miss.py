@@ -18,6 +18,7 @@ from kv_paging import PagedKVCache
 from kv_paging import run as run_reactive
 from metrics import prefetch_figures
 from models import load_model
+from page_predictors import Oracle
 from page_store import PageStore
 from paged_layer import PagedLayer
 from paged_sequence import PagedSequence
@@ -83,9 +84,16 @@ class Slowly:
         monkeypatch.setattr(PagedLayer, "attend", attend)
 
 
+class Foreknown(Oracle):
+    """Knows a recording of the generation, as the oracle does, which is refused where steps may skip; but in a
+    generation in which none does, the pages are those of the recording all the same."""
+
+    needs_recording = False
+
+
 def test_if_what_is_guessed_is_all_there_in_time_tokens_are_those_of_waiting(llama, monkeypatch):
-    """The oracle over a fast link, with slots for all that it names: nothing is skipped but what the first decode step
-    asks its first layer for, which nobody could foresee, and which fits here."""
+    """All guesses are right, over a fast link and with slots for all of them: nothing is skipped but what the first
+    decode step asks its first layer for, which nobody could foresee, and which fits here."""
     Slowly(monkeypatch)
     paging = SMALL | {"page_size": 8, "max_gpu_pages": 7, "staging_pages": 6, "link": "memory"} | QUEST
     prompt = make_prompt(50)  # 6 full pages and the open one; later ones push some out
@@ -95,7 +103,7 @@ def test_if_what_is_guessed_is_all_there_in_time_tokens_are_those_of_waiting(lla
     cache = PrefetchingKVCache(
         llama.config,
         **paging | {"on_miss": "skip"},
-        predictor={"name": "oracle", "requests": recording.recorder.requests},
+        predictor={"name": "test_on_miss:Foreknown", "requests": recording.recorder.requests},
         prefetch_k=6,
         min_confidence=0,
     )
@@ -316,6 +324,17 @@ def test_it_contradicts_asking_one_by_one():
         Paging(on_miss="skip", access_order="position")
     with pytest.raises(ValueError, match="on_miss must be wait or skip, not 'drop'"):
         Paging(on_miss="drop")
+
+
+def test_it_contradicts_a_predictor_that_knows_a_recording(llama):
+    """Which pages are skipped depends on when copies arrive, and what is asked for later on that."""
+    recording = PagedKVCache(llama.config, **SMALL, record_pages=True, link="memory")
+    with recording.attached(llama):
+        continue_prompt(llama, make_prompt(50), 3, past_key_values=recording)
+    oracle = {"predictor": {"name": "oracle", "requests": recording.recorder.requests}, "prefetch_k": 2}
+    assert PrefetchingKVCache(llama.config, **SMALL, **oracle).paging.on_miss == "wait"
+    with pytest.raises(ValueError, match="knows a recording of the same generation, and with 'on_miss: skip'"):
+        PrefetchingKVCache(llama.config, **SKIP, **oracle)
 
 
 @pytest.mark.parametrize(

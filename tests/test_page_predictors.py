@@ -183,6 +183,20 @@ def test_ranked_takes_the_attention_that_is_foreseen_where_there_is_any(history,
 
 
 @given(
+    history=histories(),
+    foreseen=st.dictionaries(st.integers(0, 11), st.floats(1e-6, 1), min_size=1),
+    chosen=st.floats(0, 1),
+)
+def test_ranked_takes_what_is_foreseen_of_a_layer_that_was_never_asked_for_anything(history, foreseen, chosen):
+    """Nothing else is known of its pages, so their shares of attention alone decide."""
+    predictor, n_chosen = played("ranked", history), int(chosen * len(foreseen))
+    assert predictor.predict(N_LAYERS, 5) == []
+    predictor.hint(N_LAYERS, 5, foreseen, n_chosen)
+    require(predictor.predict(N_LAYERS, 5), naive_inclusion(foreseen, n_chosen), foreseen)
+    assert predictor.predict(N_LAYERS, 6) == []
+
+
+@given(
     foreseen=st.dictionaries(st.integers(0, 11), st.floats(1e-6, 1), min_size=1),
     chosen=st.floats(0, 1),
 )

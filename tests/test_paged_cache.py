@@ -209,6 +209,24 @@ def test_attention_is_restored_also_after_an_error(llama):
     assert torch.equal(continue_prompt(llama, prompt), continue_prompt(llama, prompt, use_cache=False))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_detached_cache_lets_go_of_the_models_modules(fails):
+    """A cache that is kept for its figures keeps no model alive."""
+    model = make_model(CONFIGS["llama_gqa"])
+    cache = PagedKVCache(model.config, **SMALL)
+    with contextlib.suppress(ZeroDivisionError), cache.attached(model):
+        continue_prompt(model, make_prompt(60), 3, past_key_values=cache)
+        modules = [layer.self_attn for layer in model.model.layers]
+        assert all(layer.attention is module for layer, module in zip(cache.paged_layers, modules, strict=True))
+        if fails:
+            raise ZeroDivisionError
+    assert [layer.attention for layer in cache.paged_layers] == [None] * len(modules)
+    gone = weakref.ref(modules[0])
+    del model, modules
+    gc.collect()
+    assert gone() is None
+
+
 def test_an_attached_model_called_without_its_cache_says_so(llama):
     cache = PagedKVCache(llama.config, **SMALL)
     with cache.attached(llama), pytest.raises(CannotPage, match="pass the attached cache"):

@@ -464,10 +464,11 @@ def test_a_run_with_the_oracle_records_itself_and_no_other_predictor_misses_less
 
 
 def test_of_a_page_that_is_guessed_twice_the_first_guess_counts(llama):
+    """Judged are those that could be copied, of which there are two here."""
     guesses = [(3, 0.9), (2, 0.8), (3, 0.1)]
     given = {"predictor": {"name": "test_prefetching:Always", "guesses": guesses}, "min_confidence": 0.85}
-    _, cache = prefetched_tokens(llama, make_prompt(100), prefetch_k=1, overfetch=None, **given)
-    assert [each["low"] for each in cache.threshold.calibration.bins()] == [0.8, 0.9]
+    _, cache = prefetched_tokens(llama, make_prompt(100), prefetch_k=2, overfetch=None, **given)
+    assert [each["low"] for each in cache.threshold.calibration.bins()] == [0.7, 0.9]
     copied = []
     cache = PrefetchingKVCache(llama.config, **SMALL, prefetch_k=1, overfetch=None, **given | {"min_confidence": 0})
     with pytest.MonkeyPatch.context() as patch:
@@ -511,6 +512,12 @@ def test_the_last_step_is_ranked_by_share_of_attention():
 def test_more_prefetches_than_staging_slots_are_refused(llama):
     with pytest.raises(ValueError, match="prefetch_k is 3, but staging_pages gives only 2 slots"):
         PrefetchingKVCache(llama.config, **SMALL, prefetch_k=3)
+
+
+@pytest.mark.parametrize("prefetch_k", [0, -1])
+def test_a_cache_that_may_copy_nothing_ahead_is_refused(llama, prefetch_k):
+    with pytest.raises(ValueError, match=f"prefetch_k must be at least 1, not {prefetch_k}"):
+        PrefetchingKVCache(llama.config, **SMALL, prefetch_k=prefetch_k)
 
 
 def test_a_reset_cache_predicts_from_nothing(llama):

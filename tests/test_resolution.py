@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -140,7 +141,7 @@ def fresh(**paging):
 
 def test_a_page_copied_ahead_and_not_asked_for_stays_and_is_a_hit_of_a_later_step():
     pages = fresh()
-    pages.sequence.prefetch([3, 4], {3, 4})
+    pages.sequence.prefetch([3, 4], [3, 4])
     pages.transport.deliver()
     pages.ask(6)
     pages.ask(7)
@@ -155,7 +156,7 @@ def test_a_page_copied_ahead_and_not_asked_for_stays_and_is_a_hit_of_a_later_ste
 
 def test_misses_take_free_slots_then_evict_and_then_take_those_of_pages_copied_ahead_that_are_not_wanted():
     pages = fresh()
-    pages.sequence.prefetch([1], {1})
+    pages.sequence.prefetch([1], [1])
     pages.transport.deliver()
     pages.ask(2)  # into the free slot; it becomes resident for 6, the least recently used
     assert (sorted(pages.table.resident), set(pages.table.staged)) == ([0, 2, 7, 8], {1})
@@ -170,7 +171,7 @@ def test_misses_take_free_slots_then_evict_and_then_take_those_of_pages_copied_a
 
 def test_what_was_copied_ahead_and_is_wanted_now_is_not_given_up_for_a_miss():
     pages = fresh()
-    pages.sequence.prefetch([1, 2], {1, 2})
+    pages.sequence.prefetch([1, 2], [1, 2])
     assert pages.ask(1, 2, 3, 4, 5, 6, 7) == [0, 6, 7, 8, 1, 2, 3, 4, 5]
     assert pages.counts("prefetch_issued", "prefetch_late", "prefetch_wasted") == (2, 2, 0)
     assert pages.counts("misses") == 3
@@ -179,20 +180,50 @@ def test_what_was_copied_ahead_and_is_wanted_now_is_not_given_up_for_a_miss():
 
 def test_copies_ahead_take_the_slots_of_pages_that_are_no_longer_guessed_and_no_others():
     pages = fresh()
-    pages.sequence.prefetch([1, 2], {1, 2})
-    pages.sequence.prefetch([3, 4], {1, 2, 3, 4})  # nothing is free, and nothing may go
+    pages.sequence.prefetch([1, 2], [1, 2])
+    pages.sequence.prefetch([3, 4], [1, 2, 3, 4])  # nothing is free, and nothing may go
     assert set(pages.table.staged) == {1, 2}
-    pages.sequence.prefetch([3, 4], {2, 3, 4})
-    assert set(pages.table.staged) == {2, 3}
+    pages.sequence.prefetch([3, 4], [2, 3, 4])
+    assert set(pages.table.staged) == {2, 3}  # 4 is guessed less than both
     assert pages.counts("prefetch_issued", "prefetch_wasted", "h2d_pages") == (3, 1, 3)
     assert pages.ask(2, 3) == [0, 8, 2, 3]  # with their own bytes, though the copy of 1 was under way to the slot of 3
     pages.require_whole_books()
 
 
+def test_a_better_guess_takes_the_slot_of_a_worse_one_and_never_the_other_way_round():
+    pages = fresh(staging_pages=3)
+    pages.sequence.prefetch([3, 4, 5], [3, 4, 5])
+    pages.sequence.prefetch([1], [3, 4, 5, 1])  # a worse one waits for nobody's slot
+    assert set(pages.table.staged) == {3, 4, 5} and pages.counts("prefetch_wasted") == 0
+    pages.sequence.prefetch([2, 1], [4, 2, 5, 1, 3])  # the worst is 3, for 2; then it is 5, which is better than 1
+    assert set(pages.table.staged) == {2, 4, 5}
+    pages.sequence.prefetch([1], [1, 4])  # of 2 and 5, which nobody guesses any more, 5 has been there longer
+    assert set(pages.table.staged) == {1, 2, 4}
+    pages.sequence.prefetch([3], [3], kept=[1, 2])
+    assert set(pages.table.staged) == {1, 2, 3}  # 4 is none of those about to be attended
+    pages.sequence.prefetch([4], [4], kept=[1, 2, 3])
+    assert set(pages.table.staged) == {1, 2, 3}
+    assert pages.counts("prefetch_issued", "prefetch_wasted", "h2d_pages") == (6, 3, 6)
+    pages.require_whole_books()
+
+
+def test_where_steps_may_skip_a_better_guess_takes_the_slot_of_a_page_that_has_arrived_only():
+    pages = fresh(on_miss="skip")
+    pages.sequence.prefetch([1], [1])
+    pages.transport.deliver()
+    pages.sequence.prefetch([2], [2])
+    pages.sequence.prefetch([3, 4], [3, 4])  # 1 has arrived; 2, guessed as little, is under way
+    assert set(pages.table.staged) == {2, 3}
+    pages.transport.deliver()
+    pages.sequence.prefetch([4], [4])
+    assert set(pages.table.staged) == {3, 4}
+    pages.require_whole_books()
+
+
 def test_a_new_page_may_take_the_slot_of_a_page_copied_ahead_whose_copy_is_under_way():
     pages = fresh()
-    pages.sequence.prefetch([1, 2], {1, 2})
-    pages.sequence.prefetch([3, 4], {1, 2, 3, 4}, may_evict=True)  # 6 and 7 go; staged are now four pages
+    pages.sequence.prefetch([1, 2], [1, 2])
+    pages.sequence.prefetch([3, 4], [1, 2, 3, 4], may_evict=True)  # 6 and 7 go; staged are now four pages
     assert (sorted(pages.table.resident), set(pages.table.staged)) == ([0, 8], {1, 2, 3, 4})
     pages.append(2)  # page 8 fills, and 9 needs a slot, where the copy of 1 would write
     assert set(pages.table.staged) == {2, 3, 4} and pages.counts("prefetch_wasted") == 1
@@ -204,12 +235,79 @@ def test_a_new_page_may_take_the_slot_of_a_page_copied_ahead_whose_copy_is_under
 def test_asked_for_one_by_one_every_page_comes_also_where_pages_copied_ahead_hold_all_slots_but_those_of_pinned_ones():
     """1 can only come where a page that is wanted after it was, which is then copied again."""
     pages = fresh(access_order="position")
-    pages.sequence.prefetch([4, 5], {2, 3, 4, 5})
-    pages.sequence.prefetch([2, 3], {2, 3, 4, 5}, may_evict=True)
+    pages.sequence.prefetch([4, 5], [4, 5, 2, 3])
+    pages.sequence.prefetch([2, 3], [4, 5, 2, 3], may_evict=True)
     assert (sorted(pages.table.resident), sorted(pages.table.staged)) == ([0, 8], [2, 3, 4, 5])
     assert pages.ask(*range(8)) == list(range(9))
     assert pages.counts("prefetch_issued", "prefetch_late", "prefetch_on_time", "prefetch_wasted") == (4, 0, 3, 1)
     pages.require_whole_books()
+
+
+def test_a_request_that_ends_without_a_slot_for_a_page_says_so():
+    """No slot is free, and every page that is there is held for good by whoever asks."""
+    pages = fresh()
+    pages.sequence.prefetch([1, 2], [1, 2])
+    waves = pages.sequence.resolve([6, 3, 4], {0, 1, 2, 6, 7, 8}, lambda given: None)
+    with pytest.raises(RuntimeError, match=r"layer 0: no slot was to be had for pages \[3, 4\]"):
+        list(waves)
+    assert pages.counts("h2d_pages", "prefetch_wasted") == (2, 0)
+
+
+# --- what LRU goes by -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wanted", "order"), [([8, 0, 6, 7], [7, 6]), ([7, 0, 8, 6], [6, 7])])
+def test_the_most_wanted_of_the_pages_that_are_there_is_evicted_last(wanted, order):
+    pages = fresh()
+    list(pages.sequence.resolve(wanted, {0, 8}, lambda given: None))
+    evicted = []
+    for page in (1, 2):
+        before = set(pages.table.resident)
+        pages.ask(page)
+        evicted += before - set(pages.table.resident)
+    assert evicted == order
+
+
+def test_where_pages_are_asked_for_one_by_one_the_first_is_evicted_first():
+    pages = fresh(access_order="position")
+    pages.ask(6, 7)
+    pages.ask(1)
+    assert sorted(pages.table.resident) == [0, 1, 7, 8]
+
+
+def test_of_the_pages_that_plain_lru_would_have_those_count_that_were_there_or_came_without_waiting():
+    """LRU, told of the same requests, has 0, 6, 7 and 8. Here 6 and 7 went for copies ahead, and come back likewise:
+    7 has arrived as it is asked for, 6 as it would be waited for."""
+    pages = fresh()
+    pages.sequence.prefetch([1, 2, 3, 4], [1, 2, 3, 4], may_evict=True)
+    assert sorted(pages.table.resident) == [0, 8]
+    pages.sequence.prefetch([7], [7])
+    pages.transport.deliver()
+    pages.sequence.prefetch([6], [6, 7])
+    waves = pages.sequence.resolve([0, 6, 7, 8], {0, 8}, lambda given: None)
+    assert pages.counts("hits", "lru_hits", "shadow_hits") == (3, 3, 4)
+    pages.transport.deliver()
+    assert [sorted(wave) for wave in waves] == [[0, 7, 8], [6]]
+    assert pages.counts("hits", "late", "lru_hits", "shadow_hits") == (4, 0, 4, 4)
+    pages.require_whole_books()
+
+
+def test_a_page_that_plain_lru_would_have_and_that_is_waited_for_is_no_hit_of_both():
+    pages = fresh()
+    pages.sequence.prefetch([1, 2, 3, 4], [1, 2, 3, 4], may_evict=True)
+    pages.sequence.prefetch([6, 7], [6, 7])
+    assert pages.ask(6, 7) == [0, 8, 6, 7]
+    assert pages.counts("hits", "late", "lru_hits", "shadow_hits") == (2, 2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("on_miss", "may_skip", "must_move"), [("wait", True, 1), ("skip", False, 1), ("skip", True, 0)]
+)
+def test_nothing_must_move_for_a_request_that_may_skip(on_miss, may_skip, must_move):
+    """5 pages are asked for, of which 4 can be resident."""
+    pages = fresh(on_miss=on_miss)
+    pages.ask(5, 6, 7, may_skip=may_skip)
+    assert pages.counts("must_move") == must_move
 
 
 # --- evicting for what is guessed -------------------------------------------------------------------------------------
@@ -217,9 +315,9 @@ def test_asked_for_one_by_one_every_page_comes_also_where_pages_copied_ahead_hol
 
 def test_only_what_is_neither_pinned_nor_guessed_is_evicted_for_a_copy_ahead():
     pages = fresh()
-    pages.sequence.prefetch([1, 2, 3, 4], {1, 2, 3, 4, 6}, may_evict=True)
+    pages.sequence.prefetch([1, 2, 3, 4], [1, 2, 3, 4, 6], may_evict=True)
     assert (sorted(pages.table.resident), sorted(pages.table.staged)) == ([0, 6, 8], [1, 2, 3])
-    pages.sequence.prefetch([4], {1, 2, 3, 4, 6}, may_evict=True)
+    pages.sequence.prefetch([4], [1, 2, 3, 4, 6], may_evict=True)
     assert (sorted(pages.table.resident), sorted(pages.table.staged)) == ([0, 6, 8], [1, 2, 3])
     pages.require_whole_books()
 
@@ -227,14 +325,14 @@ def test_only_what_is_neither_pinned_nor_guessed_is_evicted_for_a_copy_ahead():
 def test_without_leave_nothing_is_evicted_for_a_copy_ahead():
     pages = fresh()
     evictions = pages.counts("evictions")
-    pages.sequence.prefetch([1, 2, 3, 4], {1, 2, 3, 4})
+    pages.sequence.prefetch([1, 2, 3, 4], [1, 2, 3, 4])
     assert (sorted(pages.table.resident), sorted(pages.table.staged)) == ([0, 6, 7, 8], [1, 2])
     assert pages.counts("evictions") == evictions
 
 
 def evicted_6_for_3():
     pages = fresh()
-    pages.sequence.prefetch([1, 2, 3], {1, 2, 3, 7}, may_evict=True)
+    pages.sequence.prefetch([1, 2, 3], [1, 2, 3, 7], may_evict=True)
     assert 6 not in pages.table.resident
     return pages
 
@@ -253,7 +351,7 @@ def test_a_miss_on_a_page_evicted_for_a_copy_ahead_is_pollution_once():
 def test_a_page_evicted_for_a_copy_ahead_that_is_back_when_asked_for_is_none():
     """It was brought back ahead of need, and is then evicted for misses like any other."""
     pages = evicted_6_for_3()
-    pages.sequence.prefetch([6], {6})
+    pages.sequence.prefetch([6], [6])
     assert pages.ask(6) == [0, 8, 6]
     for page in (1, 2, 3, 4, 5, 7):
         pages.ask(page)
@@ -263,13 +361,16 @@ def test_a_page_evicted_for_a_copy_ahead_that_is_back_when_asked_for_is_none():
     assert pages.counts("pollution") == 0
 
 
-def test_a_page_evicted_for_a_copy_ahead_and_brought_back_in_vain_is_pollution_all_the_same():
+def test_a_page_evicted_for_a_copy_ahead_and_brought_back_in_vain_is_none_either():
+    """That copy undid the eviction; that it was given up is counted as its waste."""
     pages = evicted_6_for_3()
-    pages.sequence.prefetch([6], {6})
-    pages.sequence.prefetch([1], {1, 2, 3})
+    pages.sequence.prefetch([6], [6])
+    wasted = pages.counts("prefetch_wasted")
+    pages.sequence.prefetch([1], [1, 2, 3])
     assert sorted(pages.table.staged) == [1, 2, 3]
+    assert pages.counts("prefetch_wasted") == wasted + 1
     pages.ask(6)
-    assert pages.counts("pollution") == 1
+    assert pages.counts("misses", "pollution") == (1, 0)
 
 
 def test_a_fork_misses_what_was_evicted_for_a_copy_ahead_too():
@@ -295,7 +396,7 @@ def test_a_page_that_a_cropped_context_no_longer_has_is_no_pollution():
 
 def test_a_request_that_may_skip_gives_what_is_there_and_has_the_rest_copied():
     pages = fresh(on_miss="skip")
-    pages.sequence.prefetch([1], {1})
+    pages.sequence.prefetch([1], [1])
     assert pages.ask(1, 2, 6, may_skip=True) == [0, 6, 8]
     assert pages.counts("hits", "late", "misses", "skipped", "stall_ms") == (3, 1, 1, 2, 0.0)
     pages.transport.deliver()
@@ -309,7 +410,7 @@ def test_a_page_that_was_skipped_and_is_never_asked_for_again_is_no_waste_of_a_p
     pages = fresh(on_miss="skip")
     pages.ask(1, may_skip=True)
     pages.transport.deliver()
-    pages.sequence.prefetch([2, 3], {2, 3})
+    pages.sequence.prefetch([2, 3], [2, 3])
     assert set(pages.table.staged) == {2, 3}
     assert pages.counts("prefetch_issued", "prefetch_wasted", "h2d_pages") == (2, 0, 3)
     pages.require_whole_books()
@@ -348,15 +449,36 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         return data.draw(st.sets(st.integers(0, self.pages.sequence.n_pages - 1)))
 
     def copy_ahead(self, data, kept=()):
-        """What a scheduler does: ask for copies of absent pages, some of those guessed."""
-        sequence = self.pages.sequence
-        guessed = self.some_pages(data)
-        absent = [page for page in sorted(guessed, key=hash) if sequence.absent(page)]
-        before = dict(self.pages.table.resident)
-        sequence.prefetch(absent, guessed | set(kept), data.draw(st.booleans()))
-        gone = set(before) - set(self.pages.table.resident)
-        assert not gone & (guessed | set(kept) | sequence.pinned_pages())
-        self.evicted_ahead |= gone
+        """What a scheduler does: ask for copies of absent pages, some of those guessed, best first."""
+        sequence, table = self.pages.sequence, self.pages.table
+        ranking, may_evict = data.draw(st.permutations(sorted(self.some_pages(data)))), data.draw(st.booleans())
+        absent = [page for page in ranking if sequence.absent(page)][: data.draw(st.integers(0, 4))]
+        resident, staged = set(table.resident), dict(sequence.arriving)
+        not_to_go = set(kept) | sequence.pinned_pages()
+        spare = {
+            page
+            for page, ticket in staged.items()
+            if page not in not_to_go and (ticket.done() or sequence.paging.on_miss == "wait")
+        }
+        sequence.prefetch(absent, ranking, kept, may_evict)
+        evicted, given_up = resident - set(table.resident), set(staged) - set(sequence.arriving)
+        copied = [page for page in absent if page in sequence.arriving]
+
+        def rank(page):
+            return ranking.index(page) if page in ranking else len(ranking)
+
+        assert set(sequence.arriving) == set(staged) - given_up | set(copied)
+        assert copied == absent[: len(copied)]
+        assert not evicted & not_to_go.union(ranking) and (may_evict or not evicted)
+        # Only pages that nothing speaks for are given up, the worst of them, and only for better ones.
+        assert given_up <= spare
+        assert all(rank(worse) > rank(better) for worse in given_up for better in copied)
+        assert all(rank(one) >= rank(other) for one in given_up for other in spare - given_up)
+        if len(copied) < len(absent):  # for want of any slot that might have been had
+            refused = absent[len(copied)]
+            assert not table.free_slots and all(rank(page) <= rank(refused) for page in spare - given_up)
+            assert not may_evict or set(table.resident) <= not_to_go.union(ranking)
+        self.evicted_ahead = (self.evicted_ahead | evicted).difference(copied)
 
     @rule(data=st.data())
     def prefetch(self, data):

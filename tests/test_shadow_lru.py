@@ -40,7 +40,8 @@ class NaiveLRU:
 
     def ask(self, pages: list[int], pinned: Collection[int], resident_first: bool) -> int:
         if resident_first:
-            pages = sorted(pages, key=lambda page, resident=tuple(self.pages): page not in resident)
+            kept = tuple(self.pages)
+            pages = [page for page in pages[::-1] if page in kept] + [page for page in pages if page not in kept]
         return sum(self.access(page, pinned) for page in pages)
 
 
@@ -98,11 +99,29 @@ def test_a_scan_asked_for_as_a_set_hits_all_that_fits_and_page_by_page_nothing()
 
 
 def test_pages_of_a_request_may_be_evicted_for_its_missing_ones():
+    """2 goes for 3, as it was asked for after 1, which so counts as the more recently used."""
     shadow = ShadowLRU(2)
     shadow.ask([1, 2], ())
     assert len(shadow.ask([1, 2, 3], ())) == 2
-    assert len(shadow.copy().ask([1], ())) == 0
-    assert len(shadow.ask([2, 3], ())) == 2
+    assert len(shadow.copy().ask([2], ())) == 0
+    assert len(shadow.ask([1, 3], ())) == 2
+
+
+@pytest.mark.parametrize("best", [[1, 2, 3], [3, 1, 2], [2, 3, 1]])
+def test_of_hits_the_most_wanted_are_kept_longest_and_of_misses_the_least_wanted(best):
+    """Hits are touched last to first, so the next three requests evict them in that order; misses come in as they are
+    asked for."""
+    shadow = ShadowLRU(3)
+    shadow.ask([1, 2, 3], ())
+    shadow.ask(best, ())
+    for page, gone in zip([4, 5, 6], best[::-1], strict=True):
+        shadow.ask([page], ())
+        assert shadow.copy().ask([gone], ()) == set()
+    assert shadow.ask([7, 8, 4, 5, 6], {4, 5, 6}) == {4, 5, 6}  # for 7 and 8 there is no room
+    shadow.clear()
+    shadow.ask(best, ())
+    shadow.ask([4], ())
+    assert shadow.ask(best, {1, 2, 3}) == set(best[1:])
 
 
 def test_a_page_for_which_there_is_no_room_is_not_kept():
