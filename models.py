@@ -41,7 +41,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LoadedModel", "ModelShape", "ModelUnavailable", "load_model", "quiet_libraries", "read_shape"]
+__all__ = [
+    "LoadedModel",
+    "ModelShape",
+    "ModelUnavailable",
+    "load_model",
+    "load_only_tokenizer",
+    "quiet_libraries",
+    "read_shape",
+]
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +135,34 @@ def load_model(
     return walk(model_name, visit)
 
 
+def load_only_tokenizer(model_name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer behind a name, by the routes of `load_model`, without the weights.
+
+    Raises:
+        ModelUnavailable: the model cannot be had, or has no tokenizer.
+    """
+    quiet_libraries()
+
+    def visit(route: Route) -> PreTrainedTokenizerBase:
+        if isinstance(route, RandomRoute):
+            raise RouteClosed("random weights have no tokenizer", "name a model that has one, such as smollm2-135m")
+        route.trusted_config(trust_remote_code, allow_network=True)
+        if isinstance(route, GgufRoute):
+            convert_gguf(route)
+        options = {"trust_remote_code": trust_remote_code}
+        if isinstance(route, HubRoute):
+            try:
+                return load_tokenizer(route.hub_id, {**options, "local_files_only": True})
+            except RouteClosed:
+                return load_tokenizer(route.hub_id, options)
+        tokenizer = load_tokenizer(route.folder if isinstance(route, FolderRoute) else route.converted.folder, options)
+        if tokenizer is None:
+            raise RouteClosed("it has no tokenizer files")
+        return tokenizer
+
+    return walk(model_name, visit)
+
+
 def pick_device(model_name: str, device: str) -> str:
     """`auto` as `cuda` or `cpu`; any other device is checked.
 
@@ -188,13 +224,22 @@ def load_converted(route: ConvertedRoute, wish: Wish) -> LoadedModel:
 
 def load_gguf(route: GgufRoute, wish: Wish) -> LoadedModel:
     """Convert a GGUF file and load what came of it."""
+    convert_gguf(route)
+    return load_converted(ConvertedRoute(route.converted), wish)
+
+
+def convert_gguf(route: GgufRoute) -> None:
+    """Make the converted model of a GGUF file, where there is none yet.
+
+    Raises:
+        RouteClosed: with the reason, and what would help if it cannot be written.
+    """
     try:
         opened(lambda: convert(route.converted))
     except RouteClosed as closed:
         unwritable = getattr(closed.__cause__, "errno", None)  # transformers' own OSErrors carry no errno
         fix = "export KV_PREFETCH_CACHE=/a/folder/with/room/to/write" if unwritable else None
         raise RouteClosed(f"converting it failed ({closed.reason})", fix) from closed
-    return load_converted(ConvertedRoute(route.converted), wish)
 
 
 def load_from_hub(route: HubRoute, wish: Wish) -> LoadedModel:

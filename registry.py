@@ -1,4 +1,4 @@
-"""Names for the parts a user can choose or bring: modes, policies, selectors, predictors.
+"""Names for the parts a user can choose or bring: modes, policies, selectors, predictors, tasks.
 
 A registry is a table of `"name": "module:Class"`. Nothing is imported until a name is resolved, so a module that needs
 torch costs nothing to be listed here. Reading a config resolves the parts it names, to check their parameters; the
@@ -197,4 +197,18 @@ PREDICTORS = Registry(
         "oracle": "page_predictors:Oracle",
     },
     verbs=("want", "predict", "observe"),
+)
+TASKS = Registry(
+    "task",
+    {
+        "passkey": "quality_tasks:Passkey",
+        "needle": "quality_tasks:Needle",
+        "needle_multikey": "quality_tasks:NeedleMultiKey",
+        "needle_multivalue": "quality_tasks:NeedleMultiValue",
+        "needle_multiquery": "quality_tasks:NeedleMultiQuery",
+        "kv_retrieval": "quality_tasks:KVRetrieval",
+        "variable_tracking": "quality_tasks:VariableTracking",
+        "frequent_words": "quality_tasks:FrequentWords",
+    },
+    verbs=("item", "score", "has_depth"),
 )

@@ -5,6 +5,11 @@ compares. English comes from `pydoc_data.topics`, the language reference behind 
 tokens of prose on every machine that runs this. It is cut into paragraphs; a prompt starts at one of them,
 chosen by seed and row, and runs on, past the end back to the start, until it has its tokens.
 
+The command shows the quality tasks, whose questions have right answers (`quality_tasks.py`):
+
+    python workloads.py --list
+    python workloads.py --show needle --tokens 1000 --depth 0.5
+
 The reference is rewritten with every Python version, so prompts are equal between two runs of one version,
 not between versions. Results therefore record `token_sha256`, and two results with different hashes saw
 different prompts.
@@ -12,12 +17,16 @@ different prompts.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import random
 import struct
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+from registry import TASKS
 
 TokenRows = list[list[int]]
 """Token ids, one list per sequence of the batch."""
@@ -26,6 +35,9 @@ SHORTEST_PARAGRAPH_CHARACTERS = 120
 
 FIRST_ORDINARY_ID = 256
 """Low ids are often special tokens or single bytes; random prompts avoid them if the vocabulary is large."""
+
+SHOWN_CHARACTERS = 600
+"""Of a long text, so many at its start and as many at its end are shown."""
 
 
 def prompt_tokens(tokenizer: Any, vocab_size: int, n_tokens: int, batch_size: int, seed: int) -> TokenRows:
@@ -54,8 +66,8 @@ def prompt_tokens(tokenizer: Any, vocab_size: int, n_tokens: int, batch_size: in
 def random_tokens(vocab_size: int, n_tokens: int, batch_size: int, seed: int) -> TokenRows:
     """Seeded random ids, for models whose weights are random too."""
     lowest = FIRST_ORDINARY_ID if vocab_size >= 2 * FIRST_ORDINARY_ID else 0
-    rng = random.Random(seed)
-    return [[rng.randrange(lowest, vocab_size) for _ in range(n_tokens)] for _ in range(batch_size)]
+    rows = [random.Random(f"{seed} {row}") for row in range(batch_size)]  # a longer prompt begins as a shorter one does
+    return [[rng.randrange(lowest, vocab_size) for _ in range(n_tokens)] for rng in rows]
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> tuple[TokenRows, TokenRows]:
@@ -127,3 +139,86 @@ def cycled(tokens: list[int], start: int, n_tokens: int) -> list[int]:
 def first_id(*ids: int | None) -> int:
     """The first id that is one; 0 if none is."""
     return next((token for token in ids if token is not None), 0)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """List the quality tasks, or show one item of one. What a user can mend is one message and exit code 2."""
+    arguments = task_parser().parse_args(argv)
+    try:
+        print(task_list() if arguments.list else shown_item(arguments))
+    except ValueError as error:  # UnknownName is one
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def task_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(prog="python workloads.py", description="Show the quality tasks and their texts.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="every task with its parameters")
+    what.add_argument("--show", metavar="TASK", help="one item: its text, its answers, its number of tokens")
+    parser.add_argument("--tokens", type=int, default=1000, metavar="N", help="length of the prompt (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed makes other items (default 0)")
+    parser.add_argument("--index", type=int, default=0, metavar="N", help="which item of the seed (default 0)")
+    parser.add_argument("--depth", type=float, metavar="D", help="where the needle stands, 0 to 1 (default: drawn)")
+    parser.add_argument("--model", default="smollm2-135m", metavar="M", help="whose tokenizer (default smollm2-135m)")
+    parser.add_argument("--full", action="store_true", help="the whole text, its middle too")
+    return parser
+
+
+def task_list() -> str:
+    """Every quality task: its name, what it is, and its parameters with their defaults."""
+    rows = []
+    for name, parameters, text in TASKS.describe():
+        settings = ", ".join(f"{key}={value!r}" for key, value in parameters.items()) or "none"
+        rows.append(f"{name}\n    {text}\n    parameters: {settings}")
+    return "\n".join(rows)
+
+
+def shown_item(arguments: argparse.Namespace) -> str:
+    """One item of a task as it is shown.
+
+    Raises:
+        ValueError: the task is unknown, its text does not fit, or there is no such tokenizer.
+    """
+    task = TASKS.create(arguments.show)
+    tokenizer = tokenizer_of(arguments.model)
+    item = task.item(tokenizer, arguments.tokens, arguments.seed, arguments.index, arguments.depth)
+    depth = "none" if item.depth is None else f"{item.depth:.2f}"
+    return (
+        f"task: {arguments.show}, seed {arguments.seed}, index {arguments.index}, depth {depth}\n"
+        f"tokens: {len(item.prompt)} of {arguments.tokens} ({arguments.model}), up to {item.max_new_tokens} to answer\n"
+        f"answers: {', '.join(item.answers)}\n\n"
+        f"{item.text if arguments.full else shortened(item.text)}"
+    )
+
+
+def tokenizer_of(model_name: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: it cannot be had; says what was tried.
+    """
+    from models import ModelUnavailable, load_only_tokenizer
+
+    try:
+        return load_only_tokenizer(model_name)
+    except ModelUnavailable as unavailable:
+        raise ValueError(str(unavailable)) from None
+
+
+def shortened(text: str) -> str:
+    """A long text without its middle, which is said."""
+    left_out = len(text) - 2 * SHOWN_CHARACTERS
+    if left_out <= 0:
+        return text
+    note = f"[... {left_out:,} characters; --full shows them ...]"
+    return f"{text[:SHOWN_CHARACTERS]}\n\n{note}\n\n{text[-SHOWN_CHARACTERS:]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -672,6 +672,29 @@ def test_a_model_in_the_hubs_local_cache_loads_without_a_network(tmp_path):
     assert done.stdout.strip() == f"Hub somebody/tiny at {commit}", done.stderr
 
 
+def test_the_tokenizer_alone_comes_by_the_same_routes(tiny_gguf, models_folder, monkeypatch):
+    first = models.load_only_tokenizer(str(tiny_gguf))  # converts
+    monkeypatch.setattr(converted_models, "dequantise", None)
+    second = models.load_only_tokenizer(str(tiny_gguf))
+    whole = models.load_model(str(tiny_gguf), device="cpu").tokenizer
+    assert first("the cache")["input_ids"] == second("the cache")["input_ids"] == whole("the cache")["input_ids"]
+
+
+def test_the_tokenizer_of_a_hub_model_is_asked_of_the_local_cache_first(monkeypatch):
+    asked = []
+
+    def load(place, options):
+        asked.append((place, options.get("local_files_only", False)))
+        if options.get("local_files_only"):
+            raise models.RouteClosed("it is not there")
+        return "the tokenizer"
+
+    monkeypatch.setattr(models.HubRoute, "read_config", lambda *_: DIALECTS[0])
+    monkeypatch.setattr(models, "load_tokenizer", load)
+    assert models.load_only_tokenizer("somebody/tiny") == "the tokenizer"
+    assert asked == [("somebody/tiny", True), ("somebody/tiny", False)]
+
+
 def test_a_half_downloaded_hub_model_without_a_network_says_both(monkeypatch, no_network):
     monkeypatch.setattr(models.HubRoute, "read_config", lambda *_: DIALECTS[0])
     message = error_of("somebody/half-downloaded")

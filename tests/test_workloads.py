@@ -1,7 +1,8 @@
-"""Prompts have the exact length asked for and are the same every time."""
+"""Prompts have the exact length asked for and are the same every time; the command shows the quality tasks."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import workloads
+from registry import TASKS
 
 PROJECT = Path(__file__).parent.parent
 
@@ -132,3 +134,67 @@ def test_only_equal_prompts_have_equal_hashes():
 def test_importing_the_module_imports_no_torch():
     code = "import sys, workloads; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words_of_any_model(tokenizer, monkeypatch):
+    monkeypatch.setattr(workloads, "tokenizer_of", lambda model_name: tokenizer)
+
+
+def test_every_task_is_listed_with_its_parameters_without_importing_torch():
+    program = "import sys, workloads; code = workloads.main(['--list']); sys.exit(code or 3 * ('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(f"{name}\n" in done.stdout for name in TASKS)
+    assert "n_keys=8" in done.stdout and "top=3, alpha=2.0" in done.stdout
+
+
+def test_an_item_is_shown_with_its_answers_and_its_length(words_of_any_model, tokenizer, capsys):
+    flags = ["--tokens", "900", "--seed", "4", "--index", "2", "--depth", "0.25"]
+    item = TASKS.create("needle").item(tokenizer, 900, 4, 2, 0.25)
+    assert workloads.main(["--show", "needle", *flags, "--full"]) == 0
+    shown = capsys.readouterr().out
+    assert f"tokens: {len(item.prompt)} of 900" in shown and "depth 0.25" in shown
+    assert f"answers: {item.answers[0]}\n" in shown and item.text in shown
+    assert workloads.main(["--show", "needle", *flags]) == 0
+    short = capsys.readouterr().out
+    note = re.search(r"\n\n\[\.\.\. ([\d,]+) characters; --full shows them \.\.\.\]\n\n", short)
+    assert len(short) - len(note[0]) + int(note[1].replace(",", "")) == len(shown)
+    assert short.rstrip("\n").endswith(item.text[-workloads.SHOWN_CHARACTERS :])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--show", "needel"], "unknown task 'needel'; did you mean 'needle'?"),
+        (["--show", "needle", "--tokens", "9"], "task 'needle' does not fit in 9 tokens: this item needs "),
+        (["--show", "needle", "--depth", "2"], "depth 2 is not between 0 (start) and 1 (end)"),
+        (["--show", "frequent_words", "--depth", "0"], "task 'frequent_words' has no depth"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line_and_exit_code_2(words_of_any_model, capsys, flags, message):
+    assert workloads.main(flags) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message) and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_random_weights_have_no_tokenizer_to_show_with(capsys):
+    assert workloads.main(["--show", "needle", "--model", "random:configs/models/tiny-llama.json"]) == 2
+    assert "random weights have no tokenizer" in capsys.readouterr().err
+
+
+def test_only_the_tokenizer_is_loaded_and_it_is_the_models_own(smollm2, tmp_path, monkeypatch):
+    import models
+
+    smollm2.tokenizer.save_pretrained(tmp_path / "whole")
+    smollm2.model.config.save_pretrained(tmp_path / "whole")
+    smollm2.model.config.save_pretrained(tmp_path / "bare")
+    monkeypatch.setattr(models, "load_from", None)  # what reads weights
+    text = "The page table knows where a page is."
+    for name in ("smollm2-135m", str(tmp_path / "whole")):
+        assert workloads.tokenizer_of(name)(text)["input_ids"] == smollm2.tokenizer(text)["input_ids"]
+    with pytest.raises(ValueError, match="it has no tokenizer files"):
+        workloads.tokenizer_of(str(tmp_path / "bare"))
