@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from comparison import baselines, compare
 from metrics import spread
+from quality_frame import quality_note
 from result_frame import describe_setting, successful, unique, values
 
 if TYPE_CHECKING:
@@ -103,7 +104,9 @@ def comparison_figure(frame: pd.DataFrame) -> Figure:
         raise ValueError("no successful run to draw")
     styles, failed = strategy_styles(unique(frame, "strategy")), _failed_cells(frame)
     contexts = sorted(unique(frame, "context_tokens"))
-    figure, axes = _grid(len(panels), [describe_setting(frame), _reading(frame)])
+    columns = min(len(panels), 3 if len(panels) > 4 else 2)
+    sentences = [describe_setting(frame), _reading(frame), quality_note(frame)]
+    figure, axes = titled_grid("KV cache strategies compared", sentences, len(panels), columns)
     for axis, panel in zip(axes, panels, strict=True):
         _draw_panel(axis, panel, contexts, styles, failed)
     _draw_legend(figure, styles, baselines(frame).values(), bool(failed))
@@ -159,20 +162,25 @@ def _failed_cells(frame: pd.DataFrame) -> set[Cell]:
     return {cell for cell, runs in tried if successful(runs).empty}
 
 
-def _grid(n_panels: int, sentences: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A figure with the sentences above, room for the legend below, and its panels."""
+def titled_grid(
+    title: str,
+    sentences: Sequence[str],
+    n_panels: int,
+    columns: int,
+    panel_inches: tuple[float, float] = (5.4, 3.7),
+) -> tuple[Figure, list[Axes]]:
+    """A figure with the title and those sentences that say something above, room for a legend below, and its panels."""
     from matplotlib.figure import Figure
 
-    columns = min(n_panels, 3 if n_panels > 4 else 2)
     rows = -(-n_panels // columns)
-    width = max(9.0, 5.4 * columns)
+    width = max(9.0, panel_inches[0] * columns)
     words = [line for sentence in sentences for line in textwrap.wrap(sentence, int(width * 11))]
     header = 0.75 + 0.22 * len(words)
-    height = 3.7 * rows + header + 0.5
+    height = panel_inches[1] * rows + header + 0.5
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120, facecolor="white")
     figure.get_layout_engine().set(rect=(0.005, 0.0, 0.99, 1 - header / height), hspace=0.08, wspace=0.04)
     left, top = 0.12 / width, 1 - 0.16 / height
-    figure.text(left, top, "KV cache strategies compared", size=17, weight="bold", color=INK, va="top")
+    figure.text(left, top, title, size=17, weight="bold", color=INK, va="top")
     below = top - 0.42 / height
     figure.text(left, below, "\n".join(words), size=10, color="#555555", va="top", linespacing=1.35)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -1,8 +1,9 @@
 """The report on results: the summary as JSON, and the front door to frame and tables. No torch, no running of models.
 
 Values flow one way: result files -> `result_frame.py` (one row per run) -> `comparison.py` (strategies against the
-baseline) -> `result_tables.py` (text) and this module (JSON), with figures drawn in `plots.py`. Whoever only wants a
-report imports this module.
+baseline) -> `result_tables.py` (text) and this module (JSON), with figures drawn in `plots.py` and
+`quality_plots.py`. Scores of tasks have a frame of their own, from `quality_frame.py`. Whoever only wants a report
+imports this module.
 
 The summary is for other programs, so it explains itself: `definitions` gives the formula of every figure, and
 `not_measured` says of every null why there is no figure. It is strict JSON, without NaN.
@@ -27,6 +28,7 @@ from comparison import (
     repetition_std,
 )
 from metrics import SCHEMA_VERSION, spread
+from quality_frame import records, task_scores
 from registry import MODES
 from result_frame import (
     Result,
@@ -45,9 +47,28 @@ from utils import write_json
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["load_results", "markdown_tables", "print_tables", "summarise", "tables", "to_frame", "write_summary"]
+__all__ = [
+    "load_results",
+    "markdown_tables",
+    "print_tables",
+    "summarise",
+    "tables",
+    "task_scores",
+    "to_frame",
+    "write_summary",
+]
 
-# Key of the summary -> the frame's column, averaged over successful runs.
+# Key of the summary -> the frame's column, of runs whose fidelity was measured.
+FIDELITY = {
+    "average_kl_mean": "kl_mean",
+    "average_kl_max": "kl_max",
+    "average_top1_agreement": "top1_agreement",
+    "average_perplexity": "perplexity",
+    "average_baseline_perplexity": "baseline_perplexity",
+    "average_attention_mass_recall": "attention_mass_recall",
+    "average_page_recall": "page_recall",
+}
+# The same for all that is averaged over successful runs.
 AVERAGES = {
     "average_latency_ms": "tpot_ms",
     "average_ttft_ms": "ttft_ms",
@@ -67,8 +88,11 @@ AVERAGES = {
     "average_gain_over_lru": "gain_over_lru",
     "average_gain_over_lru_all_slots": "gain_over_lru_all_slots",
     "average_hidden_transfer_share": "hidden_transfer_share",
+    "average_select_percent": "select_percent",
+    "average_predict_percent": "predict_percent",
     "average_skipped_rate": "skipped_rate",
     "average_tpot_over_floor": "tpot_over_floor",
+    **FIDELITY,
     "average_gpu_memory_mb": "gpu_memory_mb",
     "average_gpu_peak_mb": "gpu_peak_mb",
     "average_device_kv_mb": "device_kv_mb",
@@ -88,7 +112,8 @@ SPREAD_AVERAGES = (
 DEFINITIONS = {
     "total_experiments": "Runs made, also those that failed; each repetition at each context is one.",
     "planned_experiments": "Runs there were to be; an interrupted sweep made fewer. Null where it was not said.",
-    "average_*": "Arithmetic mean over the successful runs of the mode or strategy, all contexts together.",
+    "average_*": "Arithmetic mean over the successful runs of the mode or strategy, all contexts together. Where a mode"
+    " has exact and approximate strategies, over the exact ones; approximate_left_out names the others.",
     "std": "Standard deviation between repetitions, in the unit of the figure, pooled over context lengths; of the"
     " successful_runs, or for a compared figure of the pairs that paired_* are.",
     "latency_ms": "TPOT = (E2E - TTFT) / (N - 1): decode time per token in milliseconds, for N tokens.",
@@ -107,9 +132,21 @@ DEFINITIONS = {
     "misprediction_cost_percent": "100 x bytes prefetched and not used by the end / bytes copied to the device.",
     "gain_over_lru": "cache_hit_rate less shadow_lru_hit_rate, which plain LRU of the same max_gpu_pages would have had"
     " on the same requests; gain_over_lru_all_slots: less that of an LRU that held pages in the staging slots too.",
+    "select_percent, predict_percent": "100 x time for choosing pages, for predicting them / decode time.",
     "hidden_transfer_share": "Share of the time in which pages moved to the device that computing did not wait for.",
     "skipped_rate": "Accesses that a step did without ('on_miss: skip') / accesses, 0 to 1.",
     "tpot_over_floor": "TPOT / max(compute per step, bytes that must move per step / link bandwidth).",
+    "kl_mean": "Kullback-Leibler divergence of the run's next-token distribution from the baseline's, in nats, mean"
+    " over the steps in which both read the same text; 0: the same.",
+    "kl_max": "Largest of those divergences in a run, in nats.",
+    "top1_agreement": "Steps in which run and baseline find the same token likeliest / steps, 0 to 1.",
+    "perplexity": "exp of the mean negative log-likelihood of the text's tokens, read with the run's cache.",
+    "baseline_perplexity": "The same, read with the baseline's cache.",
+    "attention_mass_recall": "True attention on the pages that were read / all of it, mean over steps, 0 to 1.",
+    "page_recall": "Of the k pages with the most true attention, k being how many were read, the share read, 0 to 1.",
+    "task_scores": "Of each task and prompt length (tokens) the mean score of its n items, 0 to 1, its 95 % confidence"
+    " interval from low to high, and the baseline's on the same items; discriminates: false where the baseline's own"
+    " score is so low that the task tells nothing of a cache.",
     "*_mb": "MiB: 2^20 bytes.",
     "device_kv_mb": "Bytes of KV cache on the device, page pool and staging slots together, / 2^20.",
     "cell": "Runs of one workload (model, batch, generation settings, dtype, device) at one context length.",
@@ -157,8 +194,9 @@ def summarise(
         interrupted: whether the sweep was stopped before it made them all.
     """
     results, problems = load_results(source) if isinstance(source, str | Path) else (source, [])
-    frame = to_frame(results)
-    mode_summaries = {mode: _averages(frame[frame["mode"] == mode]) for mode in MODES}
+    results = list(results)
+    frame, scores = to_frame(results), task_scores(results)
+    mode_summaries = {mode: _mode_summary(frame[frame["mode"] == mode]) for mode in MODES}
     comparative_analysis = _comparative_analysis(frame)
     failures = failed(frame)[["run_id", "strategy", "context_tokens", "repetition", "status", "error"]]
     summary = {
@@ -177,6 +215,7 @@ def summarise(
                 "link": "; ".join(unique(runs, "link")) or None,
                 **_averages(runs),
                 "by_context": _by_context(runs),
+                "task_scores": records(scores[scores["strategy"] == strategy].drop(columns=["strategy", "exact"])),
             }
             for strategy, runs in frame.groupby("strategy", sort=False)
         },
@@ -189,6 +228,19 @@ def summarise(
         "definitions": {**DEFINITIONS, **_simulated(frame)},
     }
     return _strict(summary)
+
+
+def _approximate_besides(frame: pd.DataFrame, mode: str) -> list[str]:
+    """The approximate strategies of a mode that has exact ones too: its averages leave them out, for a mean over both
+    would be of nothing."""
+    of_mode = frame[frame["mode"] == mode]
+    is_exact = of_mode["exact"].fillna(True)
+    return unique(of_mode[~is_exact], "strategy") if is_exact.any() else []
+
+
+def _mode_summary(runs: pd.DataFrame) -> dict[str, Any]:
+    left_out = _approximate_besides(runs, runs["mode"].iloc[0]) if len(runs) else []
+    return {**_averages(runs[~runs["strategy"].isin(left_out)]), "approximate_left_out": left_out}
 
 
 def _averages(runs: pd.DataFrame) -> dict[str, Any]:
@@ -221,7 +273,11 @@ def _by_context(runs: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _comparative_analysis(frame: pd.DataFrame) -> dict[str, Any]:
     comparisons = compare(frame)
-    by_mode = {mode: [c for c in comparisons if c.mode == mode] for mode in MODES if mode != "baseline"}
+    by_mode = {
+        mode: [c for c in comparisons if c.mode == mode and c.strategy not in _approximate_besides(frame, mode)]
+        for mode in MODES
+        if mode != "baseline"
+    }
     by_strategy: dict[str, list[Comparison]] = {}
     for comparison in comparisons:
         by_strategy.setdefault(comparison.strategy, []).append(comparison)
@@ -275,6 +331,10 @@ def _why_null(mode: str, key: str, successful_runs: int) -> str:
         return "the baseline is what tokens are compared with"
     if key == "latency_std_ms":
         return NO_REPETITIONS
+    if mode == "baseline" and "recall" in key:
+        return "the baseline reads all of its cache"
+    if key in FIDELITY:
+        return "no run's fidelity was measured, which a quality block asks for"
     if mode == "baseline" and any(word in key for word in ("cache", "stall", "host_kv", "floor")):
         return "the baseline does not page its cache"
     if mode != "predictive" and any(word in key for word in ("predict", "prefetch")):

@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metrics import SCHEMA_VERSION, ratio
+from metrics import SCHEMA_VERSION, percent, ratio
 from registry import MODES
 
 if TYPE_CHECKING:  # takes long to import, and whoever only asks for help should not wait for it
@@ -106,6 +107,7 @@ _TEXT = {
     "clamp_reason": "context.reason",
     "link_kind": "cache.link.kind",
     "error": "error",
+    "quality_error": "quality.error",
 }
 _COUNTS = {
     "repetition": "spec.repetition",
@@ -124,6 +126,7 @@ _COUNTS = {
     "prefetch_wasted": "prefetch.wasted",
     "prefetch_declined": "prefetch.declined",
     "pollution": "prefetch.pollution",
+    "fidelity_tokens": "quality.fidelity.n_tokens",
 }
 _NUMBERS = {
     "ttft_ms": "timing.ttft_ms",
@@ -151,6 +154,13 @@ _NUMBERS = {
     "coverage": "prefetch.coverage",
     "timeliness": "prefetch.timeliness",
     "misprediction_cost_percent": "prefetch.misprediction_cost_percent",
+    "kl_mean": "quality.fidelity.kl_mean",
+    "kl_max": "quality.fidelity.kl_max",
+    "top1_agreement": "quality.fidelity.top1_agreement",
+    "perplexity": "quality.fidelity.perplexity",
+    "baseline_perplexity": "quality.fidelity.baseline_perplexity",
+    "attention_mass_recall": "quality.fidelity.attention_mass_recall",
+    "page_recall": "quality.fidelity.page_recall",
     "gpu_memory_mb": "memory.gpu_memory_mb",
     "gpu_peak_mb": "memory.gpu_peak_mb",
     "gpu_delta_mb": "memory.gpu_delta_mb",
@@ -180,7 +190,8 @@ def to_frame(results: Iterable[Result]) -> pd.DataFrame:
 
     The columns are those named above, and `strategy` (its label), `status`, `workload`, `context_tokens` (what the
     prompt had, or, for a run that did not get so far, was to have), `prefetch_hit_rate`, and `link` and `machine` in
-    words. Rates are fractions; `_mb` is MiB, 2^20 bytes.
+    words. Rates are fractions; `_mb` is MiB, 2^20 bytes. Of an experiment's repetitions only the first has its fidelity
+    measured (`kl_mean` in nats, and so on), since the others give the same; scores of tasks are in `quality_frame.py`.
     """
     import pandas as pd
 
@@ -188,19 +199,21 @@ def to_frame(results: Iterable[Result]) -> pd.DataFrame:
     columns = {"strategy": pd.array(strategy_labels(results), dtype="string")}
     for name, read, dtype in (
         ("status", _status, "string"),
-        ("workload", _workload, "string"),
+        ("workload", workload, "string"),
         ("context_tokens", context_tokens, "Int64"),
         ("prefetch_hit_rate", _prefetch_hit_rate, "Float64"),
+        ("select_percent", partial(_stage_percent, "select_ms"), "Float64"),
+        ("predict_percent", partial(_stage_percent, "predict_ms"), "Float64"),
         ("link", describe_link, "string"),
         ("machine", _describe_machine, "string"),
     ):
         columns[name] = pd.array([read(result) for result in results], dtype=dtype)
     for paths, read_at, dtype in (
-        (_TEXT, _text, "string"),
-        (_COUNTS, _count, "Int64"),
-        (_NUMBERS, _number, "Float64"),
+        (_TEXT, text_at, "string"),
+        (_COUNTS, count_at, "Int64"),
+        (_NUMBERS, number_at, "Float64"),
         (_BYTES, _megabytes, "Float64"),
-        (_FLAGS, _flag, "boolean"),
+        (_FLAGS, flag_at, "boolean"),
     ):
         for name, path in paths.items():
             columns[name] = pd.array([read_at(result, path) for result in results], dtype=dtype)
@@ -213,7 +226,7 @@ def strategy_labels(results: Sequence[Result]) -> list[str]:
     Where one name stands for several settings, as when a folder holds the results of two experiments, the settings
     that differ are added: `reactive (max_gpu_pages=8)`.
     """
-    names = [_text(result, "spec.name") or result["spec"]["mode"] for result in results]
+    names = [text_at(result, "spec.name") or result["spec"]["mode"] for result in results]
     settings = [_strategy_setting(result["spec"]) for result in results]
     namesakes: dict[str, list[dict[str, str]]] = {}
     for name, setting in zip(names, settings, strict=True):
@@ -248,38 +261,44 @@ def _differing_keys(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _status(result: Result) -> str:
-    return _text(result, "status") or "unknown"
+    return text_at(result, "status") or "unknown"
 
 
-def _workload(result: Result) -> str:
+def workload(result: Result) -> str:
+    """What a run was asked to do, as one comparable text."""
     return json.dumps({field: result["spec"].get(field) for field in WORKLOAD_FIELDS})
 
 
 def context_tokens(result: Result) -> int | None:
     """Tokens of prompt that the run had, or, if it did not get so far, was to have."""
-    tokens = _count(result, "context.tokens")
-    return tokens if tokens is not None else _count(result, "spec.context_length")
+    tokens = count_at(result, "context.tokens")
+    return tokens if tokens is not None else count_at(result, "spec.context_length")
 
 
 def _prefetch_hit_rate(result: Result) -> float | None:
     """Prefetched pages that were there in time, so that nothing waited for them / prefetches issued."""
-    return ratio(_number(result, "prefetch.on_time"), _number(result, "prefetch.issued"))
+    return ratio(number_at(result, "prefetch.on_time"), number_at(result, "prefetch.issued"))
+
+
+def _stage_percent(stage: str, result: Result) -> float | None:
+    """A stage of paging, as a percentage of decode time."""
+    return percent(number_at(result, f"cache.stages.{stage}"), number_at(result, "timing.decode_ms"))
 
 
 def describe_link(result: Result) -> str | None:
     """`simulated pcie3-x16, 15.75 GB/s`, as far as it is known."""
-    kind, name = _text(result, "cache.link.kind"), _text(result, "cache.link.name")
+    kind, name = text_at(result, "cache.link.kind"), text_at(result, "cache.link.name")
     words = " ".join(dict.fromkeys(word for word in (kind, name) if word))
-    bandwidth_gb_s = _number(result, "cache.link.bandwidth_gb_s")
+    bandwidth_gb_s = number_at(result, "cache.link.bandwidth_gb_s")
     return f"{words}, {bandwidth_gb_s:g} GB/s" if bandwidth_gb_s else words or None
 
 
 def _describe_machine(result: Result) -> str | None:
     """The GPUs of a run that used them, else the CPU and its threads."""
-    gpus, device = dig(result, "environment.gpus"), _text(result, "model.device") or ""
+    gpus, device = dig(result, "environment.gpus"), text_at(result, "model.device") or ""
     if isinstance(gpus, list) and gpus and not device.startswith("cpu"):
         return " + ".join(map(str, gpus))
-    cpu, threads = _text(result, "environment.cpu"), _count(result, "environment.torch_threads")
+    cpu, threads = text_at(result, "environment.cpu"), count_at(result, "environment.torch_threads")
     return f"{cpu}, {threads} threads" if cpu and threads else cpu
 
 
@@ -295,28 +314,29 @@ def dig(value: Any, path: str) -> Any:
     return value
 
 
-def _text(result: Result, path: str) -> str | None:
+def text_at(result: Result, path: str) -> str | None:
     value = dig(result, path)
-    return None if value is None else str(value)
+    is_no_number = isinstance(value, float) and not is_finite(value)
+    return None if value is None or is_no_number else str(value)
 
 
-def _number(result: Result, path: str) -> float | None:
+def number_at(result: Result, path: str) -> float | None:
     value = dig(result, path)
     if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
         return None
     return float(value)
 
 
-def _count(result: Result, path: str) -> int | None:
-    value = _number(result, path)
+def count_at(result: Result, path: str) -> int | None:
+    value = number_at(result, path)
     return None if value is None or abs(value) >= 2**63 else int(value)  # Int64 holds no more
 
 
 def _megabytes(result: Result, path: str) -> float | None:
-    return ratio(_number(result, path), BYTES_PER_MIB)
+    return ratio(number_at(result, path), BYTES_PER_MIB)
 
 
-def _flag(result: Result, path: str) -> bool | None:
+def flag_at(result: Result, path: str) -> bool | None:
     value = dig(result, path)
     return value if isinstance(value, bool) else None
 

@@ -1,8 +1,7 @@
-"""Tables of results, for a console of 80 columns or more and as Markdown.
+"""Tables of results: strategies, contexts, memory, prediction; with those of quality beside them.
 
-A table is made of finished text before it is known where it is shown, so both forms hold the same figures. What can
-stand in a row is written down once, in `CELLS`: heading -> text of a `Row`, which is one strategy, at one context
-length or over all. A table is then a title, some headings, its rows, and a caption that says what they mean.
+What can stand in a row is written down once, in `CELLS`: heading -> text of a `Row`, which is one strategy, at one
+context length or over all. A table is then a title, some headings, its rows, and a caption that says what they mean.
 
 Every average stands beside its n. Its spread stands beside it too, or, where 80 columns leave no room, the largest of
 its column in the caption (`SPREADS`). What was not measured is an em dash.
@@ -12,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from comparison import (
     Comparison,
@@ -25,77 +23,38 @@ from comparison import (
     paired_std,
     repetition_std,
 )
-from result_frame import describe_setting, failed, successful, under_simulated_link, unique, values
+from quality_tables import quality_table, tasks_table
+from result_frame import describe_setting, failed, successful, unique, values
+from text_tables import DASH, Table, decimals, link_note, number_text
 
 if TYPE_CHECKING:  # both take long to import, and `main.py --help` should not wait for them
     import pandas as pd
     from rich.console import Console
 
-DASH = "\N{EM DASH}"
-TEXT_HEADINGS = ("strategy", "status", "error")  # the others head numbers
 
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of finished text. A line break in a heading is where a console breaks it."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    caption: str = ""
-
-    def to_markdown(self) -> str:
-        rule = [":---" if heading in TEXT_HEADINGS else "---:" for heading in self.headings]
-        body = "\n".join(f"| {' | '.join(map(_one_line, line))} |" for line in (self.headings, rule, *self.rows))
-        return "\n\n".join(part for part in (f"**{self.title}**", body, self.caption) if part)
-
-    def to_rich(self) -> Any:
-        """A `rich.table.Table`. Only text may wrap: a number that was cut would still look like a number."""
-        from rich import box
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        table = RichTable(
-            title=Text(self.title, style="bold"),
-            title_justify="left",
-            caption=Text(self.caption),
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
-        for heading in self.headings:
-            is_text = heading in TEXT_HEADINGS
-            justify = "left" if is_text else "right"
-            table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=not is_text)
-        is_by_context = self.headings[0] == "context\ntokens"
-        for _, section in groupby(self.rows, key=lambda row: row[0] if is_by_context else None):
-            for row in section:
-                table.add_row(*map(Text, row))
-            table.add_section()
-        return table
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def print_tables(frame: pd.DataFrame, console: Console) -> None:
-    """The tables on a console, or in a pipe, of at least 80 columns."""
-    for table in tables(frame):
+def print_tables(frame: pd.DataFrame, console: Console, scores: pd.DataFrame | None = None) -> None:
+    """The tables on a console, or in a pipe, of at least 80 columns; arguments as of `tables`."""
+    for table in tables(frame, scores):
         console.print(table.to_rich(), "")
 
 
-def markdown_tables(frame: pd.DataFrame) -> str:
+def markdown_tables(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> str:
     """The same tables as Markdown."""
-    return "\n\n".join(table.to_markdown() for table in tables(frame)) + "\n"
+    return "\n\n".join(table.to_markdown() for table in tables(frame, scores)) + "\n"
 
 
-def tables(frame: pd.DataFrame) -> list[Table]:
-    """All tables that have something to say: strategies, contexts, memory, prediction, failures."""
-    makers = (strategy_table, context_table, memory_table, prediction_table, failure_table)
-    return [table for table in (make(frame) for make in makers) if table.rows]
+def tables(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> list[Table]:
+    """All tables that have something to say: strategies, quality, tasks, contexts, memory, paging, prediction,
+    failures.
+
+    Args:
+        frame: of `to_frame`.
+        scores: of `quality_frame.task_scores`, from the same results; None leaves out the table of tasks.
+    """
+    made = [strategy_table(frame), quality_table(frame)]
+    made += [] if scores is None else [tasks_table(scores)]
+    made += [make(frame) for make in (context_table, memory_table, paging_table, prediction_table, failure_table)]
+    return [table for table in made if table.rows]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,7 +78,7 @@ class Row:
         return str(n) if n == self.n_started else f"{n}/{self.n_started}"
 
     def mean(self, column: str) -> str:
-        return _number_text(mean(self.runs, column))
+        return number_text(mean(self.runs, column))
 
     def mean_percent(self, column: str) -> str:
         share = mean(self.runs, column)
@@ -128,8 +87,8 @@ class Row:
     def mean_and_std(self, column: str) -> str:
         average, std = mean(self.runs, column), self.std(column)
         if average is None or std is None:
-            return _number_text(average)
-        return f"{_number_text(average)} ± {std:.{_decimals(average)}f}"
+            return number_text(average)
+        return f"{number_text(average)} ± {std:.{decimals(average)}f}"
 
     def std(self, column: str) -> float | None:
         return repetition_std(self.runs, column)
@@ -150,15 +109,6 @@ class Row:
     def page_budget(self) -> str:
         sizes = self.runs[["page_size", "max_gpu_pages"]].dropna()
         return DASH if sizes.empty else "{} x {}".format(*sizes.iloc[0])
-
-
-def _number_text(value: float | None) -> str:
-    return DASH if value is None else f"{value:.{_decimals(value)}f}"
-
-
-def _decimals(value: float) -> int:
-    """As many as leave three digits or more, which say enough for any of these figures."""
-    return 2 if abs(value) < 9.995 else 1 if abs(value) < 999.95 else 0
 
 
 def _rows(frame: pd.DataFrame, by_context: bool) -> list[Row]:
@@ -198,6 +148,10 @@ CELLS: dict[str, Callable[[Row], str]] = {
     "timeliness\n%": lambda row: row.mean_percent("timeliness"),
     "mispred.\ncost %": lambda row: row.mean("misprediction_cost_percent"),
     "over\nLRU": lambda row: row.mean_percent("gain_over_lru"),
+    "over LRU\n+ staging": lambda row: row.mean_percent("gain_over_lru_all_slots"),
+    "choosing\n%": lambda row: row.mean("select_percent"),
+    "predicting\n%": lambda row: row.mean("predict_percent"),
+    "waiting\n%": lambda row: row.mean("stall_percent"),
 }
 
 
@@ -219,6 +173,10 @@ SPREADS: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
     "timeliness\n%": (" points", "timeliness", lambda row: row.std_percent("timeliness")),
     "mispred.\ncost %": (" points", "mispred. cost", lambda row: row.std("misprediction_cost_percent")),
     "over\nLRU": (" points", "over LRU", lambda row: row.std_percent("gain_over_lru")),
+    "over LRU\n+ staging": (" points", "over LRU + staging", lambda row: row.std_percent("gain_over_lru_all_slots")),
+    "choosing\n%": (" points", "choosing", lambda row: row.std("select_percent")),
+    "predicting\n%": (" points", "predicting", lambda row: row.std("predict_percent")),
+    "waiting\n%": (" points", "waiting", lambda row: row.std("stall_percent")),
 }
 
 
@@ -256,7 +214,7 @@ def _same_tokens(runs: pd.DataFrame) -> str:
     same = all_match(runs)
     if same is not False:
         return DASH if same is None else "yes"
-    return "no" if runs["exact"].fillna(True).any() else "no, approx."
+    return "no" if runs["exact"].fillna(True).any() else "no,\napprox."
 
 
 def strategy_table(frame: pd.DataFrame) -> Table:
@@ -267,7 +225,7 @@ def strategy_table(frame: pd.DataFrame) -> Table:
         _rows(frame, by_context=False),
         f"{describe_setting(frame)}\n"
         f"Over all contexts, std between repetitions; speed-up from medians, against {_reference_names(frame)}."
-        f"{_coverage_note(frame)}{_link_note(frame)}",
+        f"{_coverage_note(frame)}{link_note(frame)}",
     )
 
 
@@ -279,7 +237,7 @@ def context_table(frame: pd.DataFrame) -> Table:
         _rows(frame, by_context=True),
         "Speed-up: of decode. Gain: of tokens/s, prefill included. Both from medians, against"
         f" {_reference_names(frame)}."
-        f"{_clamp_note(frame)}{_link_note(frame)}",
+        f"{_clamp_note(frame)}{link_note(frame)}",
     )
 
 
@@ -296,17 +254,30 @@ def memory_table(frame: pd.DataFrame) -> Table:
     )
 
 
+def paging_table(frame: pd.DataFrame) -> Table:
+    done = successful(frame)
+    paged = done[done["hit_rate"].notna()]
+    columns = "strategy", "n", "hit\nrate %", "over\nLRU", "over LRU\n+ staging"
+    return _table(
+        "Paging in decode: what it hit, and where its time went (mean of n runs over all contexts)",
+        (*columns, "choosing\n%", "predicting\n%", "waiting\n%"),
+        _rows(paged, by_context=False),
+        "Over LRU: hit rate above that of plain LRU with the same budget on the same requests, in points; + staging: of"
+        " an LRU that held pages in the staging slots too. Choosing, predicting and waiting for pages: of decode time."
+        f"{link_note(paged)}",
+    )
+
+
 def prediction_table(frame: pd.DataFrame) -> Table:
     done = successful(frame)
     columns = "strategy", "n", "issued\na run", "prefetch\nhits %", "accuracy\n%", "coverage\n%", "timeliness\n%"
     return _table(
         "Prediction in decode, counted in pages (mean of n runs over all contexts)",
-        (*columns, "mispred.\ncost %", "over\nLRU"),
+        (*columns, "mispred.\ncost %"),
         _rows(done[done["prefetch_issued"].notna()], by_context=False),
         "Prefetch hits: there in time, so that computing did not wait / issued. Accuracy: wanted / issued."
         " Coverage: wanted / (wanted + misses). Timeliness: there in time / wanted. Misprediction cost: bytes"
-        " copied in and not used / all bytes copied in. Over LRU: hit rate above that of plain LRU with the same budget"
-        f" on the same requests, in points.{_link_note(done[done['prefetch_issued'].notna()])}",
+        f" copied in and not used / all bytes copied in.{link_note(done[done['prefetch_issued'].notna()])}",
     )
 
 
@@ -316,20 +287,12 @@ def failure_table(frame: pd.DataFrame) -> Table:
         f"Runs that did not finish: {len(failures)} of {len(frame)}",
         ("strategy", "context\ntokens", "status", "error"),
         list(failures.itertuples(index=False, name=None)),
+        sections=(),
     )
 
 
 def _reference_names(frame: pd.DataFrame) -> str:
     return ", ".join(dict.fromkeys(baselines(frame).values())) or "a baseline that succeeded (there is none)"
-
-
-def _link_note(frame: pd.DataFrame) -> str:
-    """Whose figures are modelled, as far as a link delayed the copies."""
-    links = under_simulated_link(frame).items()
-    return "".join(
-        f" Figures of {', '.join(strategies)} are under a simulated link ({link.removeprefix('simulated ')})."
-        for link, strategies in links
-    )
 
 
 def _coverage_note(frame: pd.DataFrame) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from plots import COLOURS, INK, clear_frame, legend_below, strategy_styles
+from quality_frame import describe_quality
 from result_frame import Result, context_tokens, describe_link, dig, mode_rank, strategy_labels
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ def latency_trace_figure(results: Sequence[Result]) -> Figure:
     figure, axis = _single_axis(title, "token", "ms since the token before")
     for name, run in chosen.items():
         times_ms = dig(run, "timing.itl_ms") or []
-        label = f"{name}, {context_tokens(run):,} tokens of context"
-        axis.plot(range(2, len(times_ms) + 2), times_ms, color=styles[name]["color"], linewidth=1.6, label=label)
+        style = {"color": styles[name]["color"], "linewidth": 1.6}
+        axis.plot(range(2, len(times_ms) + 2), times_ms, **style, label=_label(name, run))
     axis.set_ylim(bottom=0)
     _legend_of_axis(figure)
     return figure
@@ -52,11 +53,17 @@ def layer_figure(results: Sequence[Result]) -> Figure:
         if layers:
             places = [layer["layer"] for layer in layers]
             rates = [100.0 * layer["hits"] / layer["accesses"] for layer in layers]
-            label = f"{name}, {context_tokens(run):,} tokens of context"
-            axis.plot(places, rates, color=styles[name]["color"], marker="o", markersize=4, label=label)
+            style = {"color": styles[name]["color"], "marker": "o", "markersize": 4}
+            axis.plot(places, rates, **style, label=_label(name, run))
     axis.set_ylim(0, 105)
     _legend_of_axis(figure)
     return figure
+
+
+def _label(name: str, run: Result) -> str:
+    """What a legend calls a strategy's run: its context, and of an approximate one its quality."""
+    parts = (name, f"{context_tokens(run):,} tokens of context", describe_quality(run))
+    return ", ".join(part for part in parts if part)
 
 
 def _styles_of(results: Sequence[Result]) -> dict[str, dict[str, str]]:
@@ -73,7 +80,8 @@ def _link_words(runs: Iterable[Result]) -> str:
 def step_figure(name: str, run: Result) -> Figure:
     """Where the wanted pages were at each decode step, and what became of prefetched ones."""
     steps = [step for step in run.get("steps") or [] if step["phase"] == "decode"]
-    title = f"Pages wanted at each step: {name}{_link_words([run])}"
+    words = ", ".join(part for part in (name, describe_quality(run)) if part)
+    title = f"Pages wanted at each step: {words}{_link_words([run])}"
     figure, axis = _single_axis(title, "decode step", "pages, all layers")
     axis.margins(x=0.01)
     places, floor = range(1, len(steps) + 1), [0] * len(steps)

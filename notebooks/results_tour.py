@@ -48,7 +48,7 @@ print(*problems, sep="\n")
 # figure that was not measured is an em dash, and never a zero.
 
 # %%
-display(Markdown(reporting.markdown_tables(frame)))
+display(Markdown(reporting.markdown_tables(frame, reporting.task_scores(results))))
 
 # %% [markdown]
 # ## The comparison

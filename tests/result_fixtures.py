@@ -129,6 +129,55 @@ def make_failure(result, status="out_of_memory", error="CUDA out of memory"):
     return {**result, "status": status, "error": error, **dict.fromkeys(MEASURED)}
 
 
+FIDELITY = {
+    "n_tokens": 64,
+    "kl_mean": 0.0,
+    "kl_max": 0.0,
+    "top1_agreement": 1.0,
+    "perplexity": 12.3,
+    "baseline_perplexity": 12.3,
+    "attention_mass_recall": 1.0,
+    "page_recall": 1.0,
+}
+
+
+def with_fidelity(result, **figures):
+    """The same run, with its fidelity measured: that of an exact one, but for the figures given."""
+    return {**result, "quality": {**result["quality"], "fidelity": {**FIDELITY, **figures}}}
+
+
+def with_tasks(result, *tasks):
+    return {**result, "quality": {**result["quality"], "tasks": list(tasks)}}
+
+
+def approximately(result, matches_baseline=False):
+    """The same run, of a setting that reads only a part of its pages."""
+    quality = {**result["quality"], "exact": False, "matches_baseline": matches_baseline}
+    return {**result, "quality": quality}
+
+
+def make_task(scores, baseline_scores, task="passkey", tokens=1000, depths=None):
+    """A task whose items lie at equal distances, or at the depths given. Its intervals are the mean +- 0.25."""
+    depths = [index / (len(scores) - 1) for index in range(len(scores))] if depths is None else depths
+    baseline = make_score(baseline_scores)
+    return {
+        "task": task,
+        "tokens": tokens,
+        **make_score(scores),
+        "baseline": baseline,
+        "discriminates": baseline["mean"] >= 0.5,
+        "items": [
+            {"depth": depth, "score": score, "baseline_score": baseline_score}
+            for depth, score, baseline_score in zip(depths, scores, baseline_scores, strict=True)
+        ],
+    }
+
+
+def make_score(scores):
+    mean = sum(scores) / len(scores)
+    return {"n": len(scores), "mean": mean, "low": max(0.0, mean - 0.25), "high": min(1.0, mean + 0.25)}
+
+
 def make_sweep(contexts=(500, 1000), repetitions=3):
     """Baseline 100 ms a token, reactive 80 ms, predictive 50 ms; each repetition takes 1 ms more."""
     speeds_ms = {"baseline": 100.0, "reactive": 80.0, "predictive": 50.0}

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from result_fixtures import MEASURED, make_failure, make_result, make_sweep, write_results
+from result_fixtures import (
+    MEASURED,
+    approximately,
+    make_failure,
+    make_result,
+    make_sweep,
+    make_task,
+    with_fidelity,
+    with_tasks,
+    write_results,
+)
 
 import reporting
 
@@ -150,6 +160,51 @@ def test_a_wrong_token_anywhere_is_not_averaged_away():
     )
 
 
+def test_fidelity_is_averaged_over_the_runs_in_which_it_was_measured():
+    results = [
+        with_fidelity(approximately(make_result("reactive", context)), kl_mean=kl, kl_max=4 * kl, top1_agreement=1 - kl)
+        for context, kl in ((500, 0.25), (1000, 0.75))
+    ]
+    summary = reporting.summarise([make_result(), *results, approximately(make_result("reactive", repetition=1))])
+    for averages in (summary["mode_summaries"]["reactive"], summary["strategy_summaries"]["reactive"]):
+        assert averages["average_kl_mean"] == 0.5
+        assert averages["average_kl_max"] == 2.0
+        assert averages["average_top1_agreement"] == 0.5
+        assert averages["average_perplexity"] == pytest.approx(12.3)
+        assert averages["average_page_recall"] == 1.0
+    (short, long) = summary["strategy_summaries"]["reactive"]["by_context"]
+    assert (short["kl_mean"]["mean"], short["kl_mean"]["n"], long["kl_mean"]["mean"]) == (0.25, 1, 0.75)
+    reasons = summary["not_measured"]
+    assert "quality block" in reasons["mode_summaries.baseline.average_kl_mean"]
+    assert reasons["mode_summaries.baseline.average_page_recall"] == "the baseline reads all of its cache"
+
+
+def test_scores_of_tasks_stand_with_their_strategy():
+    asked = with_tasks(make_result("reactive"), make_task([1.0, 0.0], [1.0, 1.0]))
+    strategies = reporting.summarise([make_result(), asked])["strategy_summaries"]
+    assert strategies["baseline"]["task_scores"] == []
+    assert strategies["reactive"]["task_scores"] == [
+        {
+            "context_tokens": 500,
+            "task": "passkey",
+            "tokens": 1000,
+            "n": 2,
+            "score": 0.5,
+            "low": 0.25,
+            "high": 0.75,
+            "baseline_score": 1.0,
+            "baseline_low": 0.75,
+            "baseline_high": 1.0,
+            "discriminates": True,
+        }
+    ]
+
+
+def test_every_figure_of_quality_has_its_definition():
+    definitions = reporting.summarise([])["definitions"]
+    assert {key.removeprefix("average_") for key in reporting.FIDELITY} | {"task_scores"} <= set(definitions)
+
+
 def numbers_in(value):
     if isinstance(value, dict):
         yield from (number for inner in value.values() for number in numbers_in(inner))
@@ -174,7 +229,10 @@ anything = st.one_of(
 def test_whatever_results_hold_the_summary_is_strict_json_and_tables_can_be_made(data):
     results = []
     for result in make_sweep(contexts=(500,), repetitions=2):
-        result = copy.deepcopy(result)
+        result = copy.deepcopy(with_tasks(with_fidelity(result), make_task([1.0, 0.0], [1.0, 1.0])))
+        for block in (result["quality"]["fidelity"], *result["quality"]["tasks"]):
+            for key in data.draw(st.lists(st.sampled_from(sorted(block)), max_size=2), label="quality"):
+                block[key] = data.draw(anything, label=key)
         for block in data.draw(st.lists(st.sampled_from(MEASURED), max_size=4), label="blocks lost"):
             result[block] = data.draw(st.sampled_from([None, "torn", []]), label="what is there instead")
         for block in ("timing", "memory", "cache", "prefetch", "context", "quality"):
@@ -186,12 +244,13 @@ def test_whatever_results_hold_the_summary_is_strict_json_and_tables_can_be_made
     summary = reporting.summarise(results, data.draw(anything, label="duration"))
     json.dumps(summary, allow_nan=False)
     assert all(math.isfinite(number) for number in numbers_in(summary))
-    assert "nan" not in reporting.markdown_tables(reporting.to_frame(results)).lower()
+    tables = reporting.markdown_tables(reporting.to_frame(results), reporting.task_scores(results))
+    assert "nan" not in tables.lower()
 
 
 def test_importing_the_reports_loads_nothing_heavy():
     heavy = "{'torch', 'pandas', 'matplotlib', 'rich'}"
-    probe = f"import sys, reporting, plots, run_plots; print(*(sys.modules.keys() & {heavy}))"
+    probe = f"import sys, reporting, plots, run_plots, quality_plots; print(*(sys.modules.keys() & {heavy}))"
     folder = Path(reporting.__file__).parent
     done = subprocess.run([sys.executable, "-c", probe], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

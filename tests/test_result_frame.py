@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from result_fixtures import PAGED, make_failure, make_result, make_sweep, write_results
+from result_fixtures import PAGED, make_failure, make_result, make_sweep, with_fidelity, write_results
 
 import reporting
 from result_frame import load_results, strategy_labels, to_frame, under_simulated_link
@@ -113,6 +113,20 @@ def test_a_count_too_large_to_be_one_is_missing():
     result = make_result()
     result["context"]["requested_tokens"] = 10**30
     assert to_frame([result])["requested_tokens"].isna().all()
+
+
+def test_fidelity_has_its_columns_of_the_run_in_which_it_was_measured_and_of_no_other():
+    measured = with_fidelity(make_result("reactive"), kl_mean=0.25, kl_max=2.0, top1_agreement=0.5, page_recall=None)
+    failed = make_result("reactive", repetition=2)
+    failed["quality"]["error"] = "ValueError: no tokenizer"
+    frame = to_frame([measured, make_result("reactive", repetition=1), failed])
+    row = frame.iloc[0]
+    assert (row["fidelity_tokens"], row["kl_mean"], row["kl_max"], row["top1_agreement"]) == (64, 0.25, 2.0, 0.5)
+    assert (row["perplexity"], row["baseline_perplexity"], row["attention_mass_recall"]) == (12.3, 12.3, 1.0)
+    for column in ("kl_mean", "kl_max", "top1_agreement", "perplexity", "baseline_perplexity", "attention_mass_recall"):
+        assert frame[column].isna().tolist() == [False, True, True], column
+    assert frame["page_recall"].isna().all()
+    assert frame["quality_error"].fillna("").tolist() == ["", "", "ValueError: no tokenizer"]
 
 
 def test_no_results_give_an_empty_frame_with_all_its_columns():

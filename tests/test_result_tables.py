@@ -17,6 +17,7 @@ from result_tables import (
     failure_table,
     markdown_tables,
     memory_table,
+    paging_table,
     prediction_table,
     print_tables,
     strategy_table,
@@ -73,7 +74,13 @@ def test_the_memory_table_shows_a_dash_where_there_is_no_gpu():
 def test_the_prediction_table_lists_only_strategies_that_prefetch():
     table = prediction_table(to_frame(make_sweep()))
     assert [row[0] for row in table.rows] == ["predictive"]
-    assert table.rows[0][2:] == ("20.0", "60.0", "80.0", "64.0", "75.0", "16.0", "12.5")
+    assert table.rows[0][2:] == ("20.0", "60.0", "80.0", "64.0", "75.0", "16.0")
+
+
+def test_the_paging_table_says_what_was_hit_and_where_the_time_went():
+    table = paging_table(to_frame(make_sweep()))
+    assert [row[0] for row in table.rows] == ["reactive", "predictive"]
+    assert table.rows[0][2:] == ("75.0", "12.5", "—", "—", "—", "5.00")
 
 
 def test_failures_have_their_table_and_lower_the_count_of_their_strategy():

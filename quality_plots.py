@@ -1,0 +1,318 @@
+"""Quality as figures: what each strategy gives for what it costs, and where in a prompt its answers get lost.
+
+* `pareto_figure`: divergence from the baseline against latency and against device memory. Of each context the points
+  that no other beats are joined by a line, the *Pareto front*: whoever wants less of one must take more of the other.
+* `task_figure`: the mean score of a task by the depth at which the answer lies and the length of the prompt, a panel
+  for each strategy beside the baseline's, all in one scale of colours.
+
+An approximate strategy whose quality was not measured has no place in them, and the title says which one that is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from comparison import baselines, mean
+from plots import FAINT, HATCHES, INK, clear_frame, legend_below, strategy_styles, titled_grid, to_png
+from quality_frame import approximate, task_items
+from result_frame import CELL, Result, describe_setting, successful, to_frame, unique
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COSTS = {  # column of the frame -> title, unit
+    "tpot_ms": ("Quality against decode latency", "ms per token (lower is better)"),
+    "device_kv_mb": ("Quality against KV cache on the device", "MiB, staging included (lower is better)"),
+}
+MARKERS = ("o", "s", "^", "D", "v", "p", "h", "d")  # one for each context length
+FILLS = dict(zip(HATCHES, ("full", "none", "left", "bottom"), strict=True))  # where bars have a hatch
+LINES = ("-", "--", ":", "-.")
+LEAST_NATS = 1e-6  # less is what rounding alone can make, and as good as 0: on a scale and in comparing points
+WIDE = 8.0  # the largest cost over the least, from which on costs are drawn in decades
+MOST_NUMBERED_CELLS, MOST_COLUMNS = 80, 4
+
+
+def save_quality_plots(results: Sequence[Result], folder: str | Path) -> list[Path]:
+    """Draw `plots/quality_pareto.png` and `plots/task_<task>.png` in the folder, as far as there is something to draw.
+
+    Files of these names that an earlier sweep left there are removed, since they would pass for this one's.
+    """
+    plots, frame, items = Path(folder) / "plots", to_frame(results), placed_items(task_items(results))
+    for old in (plots / "quality_pareto.png", *plots.glob("task_*.png")):
+        old.unlink(missing_ok=True)
+    figures = {"quality_pareto": pareto_figure(frame)} if quality_points(frame) else {}
+    for task in unique(items, "task"):
+        figures[_file_name(task, figures)] = task_figure(frame, items, task)
+    for name, figure in figures.items():
+        plots.mkdir(parents=True, exist_ok=True)
+        (plots / f"{name}.png").write_bytes(to_png(figure))
+    return [plots / f"{name}.png" for name in figures]
+
+
+def _file_name(task: str, taken: Iterable[str]) -> str:
+    """`task_passkey`; of a task of one's own, `module:Class`, with what no file name may hold replaced."""
+    name = plain = f"task_{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}"
+    number = 2
+    while name in taken:
+        name, number = f"{plain}_{number}", number + 1
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quality against cost
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One strategy in one cell: its mean costs, by column of `COSTS`, and its divergence from the baseline in nats."""
+
+    strategy: str
+    workload: str
+    context_tokens: int
+    costs: dict[str, float | None]
+    kl_nats: float
+
+
+def quality_points(frame: pd.DataFrame) -> list[Point]:
+    """A point for each strategy in each cell whose divergence was measured; costs are means over repetitions."""
+    points = []
+    for (strategy, workload, context), runs in successful(frame).groupby(["strategy", *CELL], sort=False):
+        costs, divergence = {column: mean(runs, column) for column in COSTS}, mean(runs, "kl_mean")
+        if divergence is not None and any(cost is not None for cost in costs.values()):
+            points.append(Point(strategy, workload, int(context), costs, divergence))
+    return points
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The indices of the points that none dominates, by their first coordinate; of both coordinates less is better.
+
+    A point dominates another if it is at least as good in both and better in one; so equal points stay together.
+    """
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: points[index]):
+        # Whatever came before costs no more, so that it dominates unless this one is better in the other.
+        if not front or points[index][1] < points[front[-1]][1] or points[index] == points[front[-1]]:
+            front.append(index)
+    return front
+
+
+def pareto_figure(frame: pd.DataFrame) -> Figure:
+    """A panel for each cost that was measured.
+
+    Raises:
+        ValueError: no run's divergence was measured, so there is nothing to draw.
+    """
+    points = quality_points(frame)
+    costs = [column for column in COSTS if any(point.costs[column] is not None for point in points)]
+    if not costs:
+        raise ValueError("no run whose quality was measured")
+    styles = strategy_styles(unique(frame, "strategy"))
+    contexts = sorted({point.context_tokens for point in points})
+    sentences = [describe_setting(frame), _reading(frame, points)]
+    figure, axes = titled_grid("Quality against cost", sentences, len(costs), len(costs), (6.2, 4.6))
+    for axis, column in zip(axes, costs, strict=True):
+        _draw_points(axis, column, points, contexts, styles)
+    _draw_legend(figure, points, contexts, styles)
+    return figure
+
+
+def _reading(frame: pd.DataFrame, points: Sequence[Point]) -> str:
+    drawn = {point.strategy for point in points}
+    unknown = [name for name in unique(approximate(frame), "strategy") if name not in drawn]
+    missing = f" Approximate, quality not measured, and so not here: {', '.join(unknown)}." if unknown else ""
+    return f"Lower left is better; 0 is the baseline's own answer. Lines join what no other point beats.{missing}"
+
+
+def _draw_points(
+    axis: Axes, column: str, points: Sequence[Point], contexts: Sequence[int], styles: dict[str, dict[str, str]]
+) -> None:
+    drawn = [point for point in points if point.costs[column] is not None]
+    for place, context in enumerate(contexts):
+        at_context = [point for point in drawn if point.context_tokens == context]
+        for workload in dict.fromkeys(point.workload for point in at_context):
+            cell = [point for point in at_context if point.workload == workload]
+            ranks = [(point.costs[column], point.kl_nats if point.kl_nats >= LEAST_NATS else 0.0) for point in cell]
+            front = [(point.costs[column], point.kl_nats) for point in (cell[index] for index in pareto_front(ranks))]
+            line = {"color": "#777777", "linewidth": 1.1, "linestyle": LINES[place % len(LINES)], "zorder": 2}
+            axis.plot(*zip(*front, strict=True), **line, gid="front")
+        for point in at_context:
+            marker = _marker(styles[point.strategy], place)
+            axis.plot(point.costs[column], point.kl_nats, **marker, zorder=3, clip_on=False, gid="point")
+    title, unit = COSTS[column]
+    axis.set_title(title, loc="left", size=12, weight="bold", color=INK)
+    axis.set_xlabel(unit, size=9.5, color=INK)
+    axis.set_ylabel("KL divergence from the baseline, nats (lower is better)", size=9.5, color=INK)
+    clear_frame(axis)
+    axis.grid(axis="x", color=FAINT, linewidth=0.7, zorder=0)
+    _scale_divergence(axis, [point.kl_nats for point in drawn])
+    _scale_cost(axis, [point.costs[column] for point in drawn])
+
+
+def _marker(style: dict[str, str], place: int) -> dict[str, Any]:
+    return {
+        "marker": MARKERS[place % len(MARKERS)],
+        "color": style["color"],
+        "fillstyle": FILLS[style["hatch"]],
+        "markerfacecoloralt": "white",
+        "markeredgecolor": style["color"] if FILLS[style["hatch"]] != "full" else "white",
+        "markersize": 9,
+        "linestyle": "",
+    }
+
+
+def _scale_cost(axis: Axes, costs: Sequence[float]) -> None:
+    """From 0; but where contexts differ so much that the short ones would lie in a heap, in decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    least, most = min(costs), max(costs)
+    if least <= 0.0 or most < WIDE * least:
+        axis.set_xlim(0.0, 1.06 * most or 1.0)
+        return
+    axis.set_xscale("log")
+    axis.set_xlim(least / 1.3, most * 1.3)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:,.6g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _scale_divergence(axis: Axes, divergences_nats: Sequence[float]) -> None:
+    """Decades, and 0 below them: linear from 0 to the decade of the least divergence that is not 0."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    above = [value for value in divergences_nats if value >= LEAST_NATS]
+    first = math.floor(math.log10(min(above))) if above else round(math.log10(LEAST_NATS))
+    last = max(first + 1, math.ceil(math.log10(max(above)))) if above else first + 1
+    decades = list(range(first, last + 1, -(-(last - first) // 7)))
+    axis.set_yscale("symlog", linthresh=10.0**first, linscale=0.6)
+    axis.set_ylim(-0.12 * 10.0**first, 1.3 * 10.0**last)  # below 0 only to show the whole of a marker there
+    axis.yaxis.set_major_locator(FixedLocator([0.0, *(10.0**decade for decade in decades)]))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.axhline(0.0, color=INK, linewidth=0.8, zorder=1)
+
+
+def _draw_legend(
+    figure: Figure, points: Sequence[Point], contexts: Sequence[int], styles: dict[str, dict[str, str]]
+) -> None:
+    from matplotlib.lines import Line2D
+
+    strategies = list(dict.fromkeys(point.strategy for point in points))
+    entries = [Line2D([], [], **_marker(styles[name], 0)) for name in strategies]
+    for place, _ in enumerate(contexts):
+        marker, line = MARKERS[place % len(MARKERS)], LINES[place % len(LINES)]
+        entries.append(Line2D([], [], color="#777777", marker=marker, linestyle=line, markersize=8))
+    legend_below(figure, entries, [*strategies, *(f"{context:,} tokens of context" for context in contexts)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores by depth and length
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def placed_items(items: pd.DataFrame) -> pd.DataFrame:
+    """The items that have a depth and a score, each once: several runs of a strategy may be asked the same ones."""
+    items = items.dropna(subset=["task", "tokens", "depth"])
+    items = items[items["score"].notna() | items["baseline_score"].notna()]
+    first = items.groupby(["strategy", "workload", "task", "tokens"])["run_id"].transform("first")
+    return items[(items["run_id"] == first).fillna(True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatMap:
+    """A panel: mean scores, 0 to 1, a row for each depth and a column for each length; NA where nothing was asked."""
+
+    title: str
+    cells: pd.DataFrame
+    n: int
+
+
+def heat_maps(frame: pd.DataFrame, items: pd.DataFrame, task: str) -> list[HeatMap]:
+    """Of each workload the baseline's panel, then one for each strategy other than the baseline itself.
+
+    Args:
+        frame: of all runs, which says what strategy is the baseline.
+        items: of `placed_items`.
+    """
+    asked, references = items[items["task"] == task], baselines(frame)
+    depths, lengths = (sorted(unique(asked, column)) for column in ("depth", "tokens"))
+    several_models = len(unique(asked, "model")) > 1
+    maps = []
+    for workload, own in asked.groupby("workload", sort=False):
+        note = _discrimination_note(own)
+        first = own.groupby("tokens")["strategy"].transform("first")  # all were asked the same: those of one will do
+        reference = f"baseline, {own['model'].iloc[0]}" if several_models else "baseline"
+        panels = [(reference, own[own["strategy"] == first], "baseline_score")]
+        for strategy, answered in own.groupby("strategy", sort=False):
+            if strategy != references.get(workload):
+                panels.append((strategy, answered, "score"))
+        for name, answered, column in panels:
+            scored = answered.dropna(subset=[column])
+            cells = scored.pivot_table(values=column, index="depth", columns="tokens", aggfunc="mean")
+            title = "\n".join(part for part in (f"{name}, n = {len(scored)}", note) if part)
+            maps.append(HeatMap(title, cells.reindex(index=depths, columns=lengths), len(scored)))
+    return [one for one in maps if one.n]
+
+
+def _discrimination_note(items: pd.DataFrame) -> str:
+    """Where the baseline fails, so that the scores tell nothing of a cache."""
+    fails = items[items["discriminates"].eq(False).fillna(False)]
+    lengths = sorted(unique(fails, "tokens"))
+    if not lengths:
+        return ""
+    everywhere = len(lengths) == items["tokens"].nunique()
+    where = "" if everywhere else f" at {', '.join(f'{tokens:,}' for tokens in lengths)} tokens"
+    return f"baseline: does not discriminate{where}"
+
+
+def task_figure(frame: pd.DataFrame, items: pd.DataFrame, task: str) -> Figure:
+    """The heat maps of one task, of the items that `placed_items` gives, in one scale of colours."""
+    maps = heat_maps(frame, items, task)
+    n_depths, n_lengths = maps[0].cells.shape
+    rows = -(-len(maps) // MOST_COLUMNS)
+    columns = -(-len(maps) // rows)
+    size = (min(6.0, max(3.6, 1.2 + 0.7 * n_lengths)), min(5.2, max(2.4, 1.2 + 0.3 * n_depths)))
+    sentences = [
+        describe_setting(frame),
+        "Mean score by where in the prompt the answer lies and how long the prompt is.",
+    ]
+    figure, axes = titled_grid(f"Task {task}", sentences, len(maps), columns, size)
+    n_letters = int(11 * (figure.get_figwidth() / columns - 0.7))  # that fit above a panel
+    for index, (axis, one) in enumerate(zip(axes, maps, strict=True)):
+        title = "\n".join(textwrap.fill(line, n_letters) for line in one.title.split("\n"))
+        image = _draw_heat_map(axis, one.cells, title)
+        axis.set_ylabel("depth, % of the prompt" if index % columns == 0 else "", size=9.5, color=INK)
+        axis.set_xlabel("prompt, tokens" if index + columns >= len(maps) else "", size=9.5, color=INK)
+    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=30, label="score")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=9, colors=INK)
+    return figure
+
+
+def _draw_heat_map(axis: Axes, cells: pd.DataFrame, title: str) -> Any:
+    scores = cells.to_numpy(dtype=float, na_value=math.nan)
+    axis.set_facecolor(FAINT)  # what was not asked
+    image = axis.imshow(scores, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
+    if scores.size <= MOST_NUMBERED_CELLS:
+        for row, column in np.argwhere(np.isfinite(scores)):
+            score = scores[row, column]
+            ink = "white" if score < 0.5 else INK
+            axis.text(column, row, f"{score:.2g}", ha="center", va="center", size=8.5, color=ink)
+    every = -(-len(cells.index) // 12)
+    shown = range(0, len(cells.index), every)
+    axis.set_yticks(shown, [f"{100.0 * cells.index[row]:.0f}" for row in shown])
+    axis.set_xticks(range(len(cells.columns)), [f"{tokens:,}" for tokens in cells.columns])
+    axis.set_title(title, loc="left", size=10.5, weight="bold", color=INK)
+    axis.tick_params(length=0, labelsize=9, colors=INK, pad=4)
+    axis.spines[:].set_visible(False)
+    return image
