@@ -84,7 +84,7 @@ _RULES = {
     "finite_number": "be a finite number",
     "bool_type": "be true or false",
     "string_type": "be text",
-    "list_type": "be a list such as [500, 1000]",
+    "list_type": "be a list in brackets, such as [500, 1000] for numbers",
     "greater_than": "be more than {gt:g}",
     "greater_than_equal": "be at least {ge:,}",
     "less_than_equal": "be at most {le:,}",

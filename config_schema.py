@@ -32,7 +32,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import links
 from cache_settings import ADAPTIVE, Paging, PrefetchSpec, paging_conflicts, prefetch_conflicts
-from registry import POLICIES, PREDICTORS, SELECTORS, Registry, UnknownName, nearest
+from registry import POLICIES, PREDICTORS, SELECTORS, TASKS, Registry, UnknownName, nearest
 from yaml_source import described
 
 # --- types of values ----------------------------------------------------------------------------------------
@@ -86,6 +86,36 @@ def _known_confidence(value: Any) -> Any:
     return value
 
 
+class _Quality(BaseModel):
+    """What is measured of a run beside its speed; the fields of `run_specs.QualitySpec`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    fidelity_tokens: int = Field(64, ge=0, le=4096)
+    tasks: list[str | dict[str, Any]] = Field(default_factory=list)
+    samples: int = Field(8, ge=1, le=100_000)
+    lengths: Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(_no_repeats)] | None = Field(
+        None, min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _something_is_asked_for(self) -> _Quality:
+        for task in self.tasks:
+            for refused in TASKS.refused_parameters(task).values():
+                raise refused
+        if not self.tasks and not self.fidelity_tokens:
+            raise ValueError("must ask for something: fidelity_tokens above 0, or tasks")
+        return self
+
+
+def _known_quality(value: Any) -> Any:
+    if value is None or value is False:
+        return value
+    if not isinstance(value, dict):
+        rule = "must be a mapping with fidelity_tokens, tasks, samples or lengths, or false"
+        raise ValueError(f"{rule}, found {described(value)}")
+    return _Quality.model_validate(value).model_dump()
+
+
 class _Part(BaseModel):
     """A policy, selector or predictor with parameters; which ones there are, its own class knows."""
 
@@ -133,6 +163,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Multiple = Annotated[float, Field(ge=1, le=1_000_000)]
+Quality = Annotated[dict[str, Any] | bool | None, PlainValidator(_known_quality)]
 Confidence = Annotated[float | str, PlainValidator(_known_confidence), (ADAPTIVE,)]
 Lengths = Annotated[list[Count], Field(min_length=1, max_length=1000), AfterValidator(_no_repeats)]
 Text = Annotated[str, AfterValidator(_printable)]
@@ -178,6 +209,12 @@ class Experiment(BaseModel):
     warmup_runs: int = Field(1, ge=0, le=1000, description="Runs made and thrown away before measuring.")
     prefill_chunk_size: Count | None = Field(None, description="Prompt tokens per forward pass; null for all.")
     trust_remote_code: bool = Field(False, description="Let the model's repository run its own Python code.")
+    quality: Quality = Field(
+        None,
+        description="What else to measure: {fidelity_tokens: 64, tasks: [passkey, needle], samples: 8, lengths: [500]};"
+        " python workloads.py --list shows the tasks. null: of approximate runs fidelity over 32 tokens; false: nothing"
+        " at all.",
+    )
 
     def conflicts(self) -> Iterator[Conflict]:
         """Values that are right alone and wrong together: `(keys, text)`, the key to blame first."""

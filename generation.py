@@ -26,7 +26,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 
 from device_meters import MemoryMeter, PowerMeter, TokenClock
-from metrics import RunResult, Timing, fidelity
+from metrics import RunResult, Timing, token_agreement
 from models import LoadedModel
 from run_specs import RunSpec
 from utils import environment, is_out_of_memory, set_seed
@@ -170,7 +170,7 @@ def measured_run(
         timing=generation.timing.to_dict(),
         memory={**generation.memory, **_kv_memory(cache, model, len(prompt[0]), generation)},
         power=generation.power,
-        quality={"exact": spec.exact, **fidelity(generation.tokens, reference)},
+        quality={"exact": spec.exact, **token_agreement(generation.tokens, reference)},
         tokens=tokens_block(model, generation.tokens),
         **cache.figures(generation.timing),
     )

@@ -115,12 +115,12 @@ def list_parts() -> int:
     """Print what a config can name."""
     from rich.table import Table
 
-    from registry import MODES, POLICIES, PREDICTORS, SELECTORS
+    from registry import MODES, POLICIES, PREDICTORS, SELECTORS, TASKS
 
     table = Table(title="what a config can name", title_justify="left")
     for column in ("kind", "name", "parameters", "what it is"):
         table.add_column(column)
-    for registry in (MODES, POLICIES, SELECTORS, PREDICTORS):
+    for registry in (MODES, POLICIES, SELECTORS, PREDICTORS, TASKS):
         for name, parameters, text in registry.describe():
             settings = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
             table.add_row(registry.kind, name, settings or "—", text)
@@ -158,23 +158,26 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
     summarise(sweep.results, seconds, len(planned), sweep.interrupted, arguments)
     if sweep.interrupted:
         return INTERRUPTED
-    return OK if all(result.ok for result in sweep.results) else FAILED
+    whole = all(result.ok and "error" not in (result.quality or {}) for result in sweep.results)
+    return OK if whole else FAILED
 
 
 def summarise(
     results: Sequence[RunResult], seconds: float, n_planned: int, interrupted: bool, arguments: argparse.Namespace
 ) -> None:
     """Write the summary and the plots, print the tables."""
-    from reporting import print_tables, to_frame, write_summary
+    from reporting import print_tables, task_scores, to_frame, write_summary
 
     blocks = [result.to_dict() for result in results]
     write_summary(arguments.output, seconds, blocks, n_planned, interrupted)
     frame = to_frame(blocks)
-    print_tables(frame, _stdout())
+    print_tables(frame, _stdout(), task_scores(blocks))
     if not arguments.no_plots:
         from plots import save_plots
+        from quality_plots import save_quality_plots
 
         save_plots(frame, arguments.output)
+        save_quality_plots(blocks, arguments.output)
     print(f"results: {arguments.output}, summary: {arguments.output / 'experiment_summary.json'}")
 
 

@@ -293,8 +293,9 @@ class RunResult:
         return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
 
 
-def fidelity(tokens: Sequence[Sequence[int]], reference: Sequence[Sequence[int]] | None) -> dict[str, Any]:
-    """The `quality` block: are these tokens the baseline's? `first_divergent_token` counts from 0; None if they agree.
+def token_agreement(tokens: Sequence[Sequence[int]], reference: Sequence[Sequence[int]] | None) -> dict[str, Any]:
+    """The first figures of the `quality` block: are these tokens the baseline's? `first_divergent_token` counts from 0,
+    and is None if they agree.
 
     Without a baseline to compare with, both are None.
     """

@@ -173,7 +173,11 @@ def prefetch_over_steps(result: Result) -> Figure:
         # Its steps count decode steps; those of the records count prefill chunks as well.
         places = range(1, len(thresholds) + 1)
         for key, label, colour in (
-            ("threshold", "threshold: least confidence that is prefetched", COLOURS[6]),
+            (
+                "threshold",
+                "threshold: least probability that is worth a copy (of a fixed one: least confidence)",
+                COLOURS[6],
+            ),
             ("link_load", "load of the link: the share of time in which it is busy", COLOURS[4]),
         ):
             values = [_percent_or_nan(one.get(key)) for one in thresholds]

@@ -15,11 +15,31 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cache_settings import Paging, PrefetchSpec
+
+LEAST_FIDELITY_TOKENS = 32  # of an approximate run, where nobody says otherwise
+
+
+@dataclass(frozen=True)
+class QualitySpec:
+    """What is measured of a run beside its speed; see quality.py.
+
+    Attributes:
+        fidelity_tokens: tokens of text read after the prompt, to compare what the model says with the baseline; 0 for
+            none.
+        tasks: registered names, `"module:Class"`, or mappings with `name` and parameters.
+        samples: items of each task at each length.
+        lengths: of the tasks' prompts in tokens; None for the run's context length.
+    """
+
+    fidelity_tokens: int = 64
+    tasks: Sequence[str | Mapping[str, Any]] = ()
+    samples: int = 8
+    lengths: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,7 @@ class RunSpec:
     paging: Paging | None = None
     prefetch: PrefetchSpec | None = None
     prompt_sha256: str | None = None
+    quality: QualitySpec | None = None
 
     def __hash__(self) -> int:
         """By `run_id`, because a mapping among the parameters has no hash of its own."""
@@ -147,6 +168,7 @@ class Expandable(Protocol):
     num_runs: int
     seed: int
     do_sample: bool
+    quality: dict[str, Any] | bool | None
 
     def cache_fields(self) -> dict[str, Any]:
         """The fields of `RunSpec` that belong to the mode: `cache_implementation`, `paging`, `prefetch`."""
@@ -193,15 +215,19 @@ def expand(experiments: Iterable[Expandable], seed: int | None = None) -> list[R
 
 def _runs_of(experiment: Expandable, seed: int) -> Iterator[RunSpec]:
     shared = {key: getattr(experiment, key) for key in _SHARED_FIELDS} | experiment.cache_fields()
+    shared["quality"] = QualitySpec(**experiment.quality) if experiment.quality else None
     for context_length in experiment.context_lengths:
         for repetition in range(experiment.num_runs):
-            yield RunSpec(
+            run = RunSpec(
                 **shared,
                 context_length=context_length,
                 requested_context_length=context_length,
                 repetition=repetition,
                 seed=seed + repetition if experiment.do_sample else seed,
             )
+            if experiment.quality is None and not run.exact:  # no approximation without a word on its quality
+                run = dataclasses.replace(run, quality=QualitySpec(LEAST_FIDELITY_TOKENS))
+            yield run
 
 
 def _interleaved(group: list[list[RunSpec]]) -> list[RunSpec]:

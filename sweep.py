@@ -19,6 +19,7 @@ from generation import failed_run
 from metrics import RunResult
 from models import LoadedModel, load_model
 from planning import PlannedRun, fit_positions
+from quality import needs_quality, quality_figures
 from registry import MODES
 from run_specs import RunSpec
 from utils import write_json
@@ -83,12 +84,15 @@ class Sweep:
             for spec in specs:
                 self._keep(spec, failed_run(spec, error))
             return
-        for spec in specs:
-            self._run_one(spec, model)
+        finished = [self._run_one(spec, model) for spec in specs]
+        for spec, result in finished:  # only now, as it would show in the memory and the heat of what is timed
+            if result.ok and needs_quality(spec):
+                self._measure_quality(spec, model, result)
         del model
         _give_back_memory()
 
-    def _run_one(self, spec: RunSpec, model: LoadedModel) -> None:
+    def _run_one(self, spec: RunSpec, model: LoadedModel) -> tuple[RunSpec, RunResult]:
+        """Make one run and keep its result; with it the spec as it was run, clamped or not."""
         self.watcher.started(spec)
         try:
             spec, notes = fit_positions(spec, model.shape)
@@ -112,16 +116,27 @@ class Sweep:
                 result.quality["first_divergent_token"],
             )
         self._keep(spec, result)
+        return spec, result
+
+    def _measure_quality(self, spec: RunSpec, model: LoadedModel, result: RunResult) -> None:
+        """Add to the `quality` block of a result what was asked for, and write it again."""
+        log.info("%s: measuring quality", spec.slug)
+        result.quality |= quality_figures(spec, model)
+        _give_back_memory()
+        self._write(spec, result)
 
     def _keep(self, spec: RunSpec, result: RunResult) -> None:
         self.results.append(result)
+        self._write(spec, result)
+        log.info("%s: %s", spec.slug, result.status)
+        self.watcher.finished(result)
+
+    def _write(self, spec: RunSpec, result: RunResult) -> None:
         try:
             write_json(self.output / f"{spec.slug}.json", result.to_dict())
         except (OSError, ValueError) as error:  # a full disk, or a figure that is no number
             log.exception("%s could not be written", spec.slug)
             result.status, result.error = "error", f"measured, but not written: {error}"
-        log.info("%s: %s", spec.slug, result.status)
-        self.watcher.finished(result)
 
 
 def _give_back_memory() -> None:

@@ -236,7 +236,8 @@ def _predictors_legend(results: Variants) -> str:
     return (
         f"{known}Hits: pages there when asked for. Not LRU's: the part of them that plain LRU would have missed. Over"
         " LRU, slots: hits above those of the two LRUs, in points. Acc: used of those issued. Cov: prefetched of those"
-        " that had to move. Time: there in time of those used. Waste: MiB copied for nothing. Predict: ms per token."
+        " that had to move. Time: there in time of those used. Waste: MiB copied for nothing. Stall: ms in all."
+        " Predict: ms per token."
         f" {UNPREDICTED} is reactive paging.{bound}"
     )
 

@@ -81,8 +81,12 @@ def test_the_default_file_is_exactly_what_the_schema_writes():
     assert (ROOT / "experiment_config.yaml").read_text() == commented_yaml()
 
 
-def test_the_default_list_is_baseline_reactive_and_predictive_on_the_small_model():
-    baseline, reactive, predictive = load_experiments(ROOT / "experiment_config.yaml")
+def test_the_default_list_is_the_three_modes_and_an_approximation_on_the_small_model():
+    baseline, reactive, predictive, quarter = load_experiments(ROOT / "experiment_config.yaml")
+    assert (quarter.mode, quarter.predictor, quarter.selector) == ("predictive", "ranked", "quest")
+    assert all(one.quality["tasks"] == ["passkey"] for one in (baseline, reactive, predictive, quarter))
+    memory = {one.page_size * (one.max_gpu_pages + one.staging_pages) for one in (reactive, predictive, quarter)}
+    assert len(memory) == 1
     assert [e.mode for e in (baseline, reactive, predictive)] == ["baseline", "reactive", "predictive"]
     for experiment in (baseline, reactive, predictive):
         assert experiment.model_name == "smollm2-135m"
@@ -373,7 +377,11 @@ WRONG = [
     ("name", "3", "'name' must be text, found 3"),
     ("name", "''", "'name' must be printable text that is not blank, found ''"),
     ("model_name", "null", "'model_name' must be text, found null"),
-    ("context_lengths", "5", "'context_lengths' must be a list such as [500, 1000], found 5; write [5]"),
+    (
+        "context_lengths",
+        "5",
+        "'context_lengths' must be a list in brackets, such as [500, 1000] for numbers, found 5; write [5]",
+    ),
     ("context_lengths", "[]", "'context_lengths' must have at least 1 value, found an empty list"),
     ("context_lengths", "[5, 5]", "'context_lengths' must name each length once, found 5 twice"),
     ("num_runs", "three", "'num_runs' must be a whole number, found 'three'"),
@@ -467,6 +475,15 @@ WRONG = [
     ("min_confidence", "adaptve", "'min_confidence' must be adaptive or a number from 0 to 1, found 'adaptve'"),
     ("min_confidence", "true", "'min_confidence' must be adaptive or a number from 0 to 1, found true"),
     ("prefetch_evicts", "3", "'prefetch_evicts' must be true or false, found 3"),
+    ("quality", "3", "'quality' must be a mapping with fidelity_tokens, tasks, samples or lengths, or false, found 3"),
+    ("quality", "{fidelity_tokens: -1}", "'quality.fidelity_tokens' must be at least 0, found -1"),
+    ("quality", "{fidelity_tokens: 0}", "'quality' must ask for something: fidelity_tokens above 0, or tasks"),
+    ("quality", "{tasks: [paskey]}", "unknown task 'paskey'; did you mean 'passkey'?"),
+    (
+        "quality",
+        "{tasks: passkey}",
+        "'quality.tasks' must be a list in brackets, such as [500, 1000] for numbers, found 'passkey'",
+    ),
     ("on_miss", "wiat", "'on_miss' must be wait or skip, found 'wiat'; did you mean 'wait'?"),
 ]
 

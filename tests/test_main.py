@@ -330,7 +330,7 @@ def test_create_config_writes_a_list_that_can_be_loaded(tmp_path):
     created = command("--create-config", path, folder=tmp_path)
     assert created.code == 0
     assert str(path) in created.out
-    assert [experiment.mode for experiment in load_experiments(path)] == list(MODES)
+    assert [experiment.mode for experiment in load_experiments(path)] == [*MODES, "predictive"]
 
 
 def test_create_config_without_a_name_writes_to_the_current_folder(tmp_path, monkeypatch):

@@ -15,12 +15,12 @@ from metrics import (
     RunResult,
     Timing,
     cache_figures,
-    fidelity,
     percent,
     prefetch_figures,
     ratio,
     speedup_percent,
     spread,
+    token_agreement,
 )
 from recorder import Recorder
 
@@ -381,8 +381,8 @@ def test_only_a_run_with_status_ok_is_ok():
     assert [RunResult({}, "", status=status).ok for status in statuses] == [True, False, False, False]
 
 
-def test_without_a_baseline_fidelity_is_missing():
-    assert fidelity([[1, 2]], None) == {"matches_baseline": None, "first_divergent_token": None}
+def test_without_a_baseline_token_agreement_is_missing():
+    assert token_agreement([[1, 2]], None) == {"matches_baseline": None, "first_divergent_token": None}
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,10 @@ def test_without_a_baseline_fidelity_is_missing():
     ],
 )
 def test_the_first_divergent_token_is_found(tokens, reference, position):
-    assert fidelity(tokens, reference) == {"matches_baseline": position is None, "first_divergent_token": position}
+    assert token_agreement(tokens, reference) == {
+        "matches_baseline": position is None,
+        "first_divergent_token": position,
+    }
 
 
 tokens = st.lists(st.integers(0, 2), max_size=6)
@@ -406,9 +409,9 @@ tokens = st.lists(st.integers(0, 2), max_size=6)
 @given(row=tokens, other=tokens)
 def test_the_first_divergent_token_ends_the_longest_common_beginning(row, other):
     common = max(n for n in range(len(row) + 1) if row[:n] == other[:n])
-    assert fidelity([row], [other])["first_divergent_token"] == (None if row == other else common)
+    assert token_agreement([row], [other])["first_divergent_token"] == (None if row == other else common)
 
 
 def test_batches_of_different_sizes_cannot_be_compared():
     with pytest.raises(ValueError):
-        fidelity([[1], [2]], [[1]])
+        token_agreement([[1], [2]], [[1]])

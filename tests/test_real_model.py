@@ -1,4 +1,4 @@
-"""The default experiments on the real model: every mode gives the baseline's tokens at every context of the list."""
+"""The exact default experiments on the real model: every mode gives the tokens of the baseline at every context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils import PROJECT_FOLDER
 DEFAULT_RUNS = [
     dataclasses.replace(spec, max_new_tokens=12, warmup_runs=0)
     for spec in expand(load_experiments(PROJECT_FOLDER / "experiment_config.yaml"))
-    if spec.repetition == 0
+    if spec.repetition == 0 and spec.exact
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 import progress
 import sweep as sweep_module
 from config_schema import MODE_CLASSES
-from metrics import RunResult, fidelity
+from metrics import RunResult, token_agreement
 from models import ModelUnavailable
 from planning import PlannedRun
 from progress import Bar, Lines, outcome
@@ -82,7 +82,7 @@ def swept(monkeypatch, tmp_path):
             ids = generate(spec, reference)
             for n_tokens in range(1, len(ids[0]) + 1):
                 on_token(n_tokens)
-            quality = fidelity(ids, reference)
+            quality = token_agreement(ids, reference)
             return RunResult(spec=spec.to_dict(), run_id=spec.run_id, tokens={"ids": ids}, quality=quality)
 
         monkeypatch.setattr(sweep_module, "load_model", load)

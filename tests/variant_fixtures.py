@@ -36,6 +36,7 @@ PREFETCH = {
     "on_time": 120,
     "late": 40,
     "wasted": 40,
+    "unresolved": 5,
     "accuracy": 0.8,
     "coverage": 0.64,
     "timeliness": 0.75,
