@@ -26,7 +26,7 @@ from rich.console import Console
 from cache_settings import is_exact
 from component_tables import figures_table
 from experiments import MODE_CLASSES, Experiment, load_experiment, override
-from generation import HFCache, generate
+from generation import HFCache, generate, made_prompt
 from host_pages import DiskTierFailed
 from metrics import RunResult
 from models import LoadedModel, ModelUnavailable, load_model
@@ -36,7 +36,7 @@ from run_specs import RunSpec, expand
 from utils import is_out_of_memory, write_json
 from variant_runs import EachPart
 from variant_tables import POLICIES_COMPARED, PREDICTORS_COMPARED, SideBySide, variants_table
-from workloads import TokenRows, encode_prompts, prompt_tokens
+from workloads import TokenRows, encode_prompts
 
 log = logging.getLogger(__name__)
 
@@ -284,8 +284,7 @@ class BesideHF:
 
     def __call__(self, spec: RunSpec) -> RunResult:
         """Measure one run. Transformers' own cache is asked once for all runs that must give the same tokens."""
-        vocab_size = self.model.shape.vocab_size
-        prompt = prompt_tokens(self.model.tokenizer, vocab_size, spec.context_length, spec.batch_size, spec.seed)
+        prompt = made_prompt(spec, self.model)
         if spec.reference_key not in self._references:
             self._references[spec.reference_key] = _reference_tokens(spec, self.model, prompt)
         return self.run(spec, self.model, reference=self._references[spec.reference_key], prompt=prompt)

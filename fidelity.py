@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from generation import HFCache, MeasuredCache
+from generation import MeasuredCache
 from models import LoadedModel
 from workloads import TokenRows
 
@@ -148,8 +148,3 @@ def attention_recall(run: Reading, truth: Reading) -> dict[str, float | None]:
     if not mass:
         return {"attention_mass_recall": None, "page_recall": None}
     return {"attention_mass_recall": math.fsum(mass) / len(mass), "page_recall": math.fsum(pages) / len(pages)}
-
-
-def baseline_reading(model: LoadedModel, text: TokenRows, n_forced: int, chunk: int | None) -> Reading:
-    """The text read with transformers' own cache."""
-    return read_text(model, HFCache("dynamic", model), text, n_forced, chunk)

@@ -123,6 +123,12 @@ def _tensors_of(cache: Cache) -> list[torch.Tensor]:
     return list(found.values())
 
 
+def made_prompt(spec: RunSpec, model: LoadedModel, n_tokens: int | None = None) -> TokenRows:
+    """The prompt that a run makes for itself, or of another length the one that begins or goes on like it."""
+    length = spec.context_length if n_tokens is None else n_tokens
+    return prompt_tokens(model.tokenizer, model.shape.vocab_size, length, spec.batch_size, spec.seed)
+
+
 def measured_run(
     spec: RunSpec,
     model: LoadedModel,
@@ -148,9 +154,7 @@ def measured_run(
         Whatever generation raises; `failed_run` makes a result of it.
     """
     started_at, started = _now(), time.perf_counter()
-    prompt = prompt or prompt_tokens(
-        model.tokenizer, model.shape.vocab_size, spec.context_length, spec.batch_size, spec.seed
-    )
+    prompt = prompt or made_prompt(spec, model)
     if spec.repetition == 0:
         for _ in range(spec.warmup_runs):
             warmup_tokens = min(WARMUP_TOKENS, spec.max_new_tokens)

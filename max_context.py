@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from generation import WARMUP_TOKENS, HFCache, generate
+from generation import WARMUP_TOKENS, HFCache, generate, made_prompt
 from models import LoadedModel
 from run_specs import RunSpec
 from utils import is_out_of_memory
-from workloads import prompt_tokens
 
 FIRST_ATTEMPT = 128
 LONGEST_ATTEMPT = 2**20
@@ -94,7 +93,7 @@ def find_max_context(
 
 
 def _attempt(spec: RunSpec, model: LoadedModel, length: int, budget_mb: float | None) -> Attempt:
-    prompt = prompt_tokens(model.tokenizer, model.shape.vocab_size, length, spec.batch_size, spec.seed)
+    prompt = made_prompt(spec, model, length)
     cache = HFCache(spec.cache_implementation or "dynamic", model)
     generation = None
     try:

@@ -202,13 +202,8 @@ class PagedSequence:
         chosen: list[int] = []
         slots: list[int] = []
         for page in pages:
-            spare = self._spare(kept, only_arrived=self.paging.on_miss == "skip")
-            least = max(spare, key=self._last_of(rank), default=None)
-            if self.table.free_slots:
-                pass
-            elif least is not None and self._last_of(rank)(least) > self._last_of(rank)(page):
-                self._give_up(least)
-            elif not (may_evict and self._evict_for_prefetch(kept.union(rank))):
+            has_slot = self.table.free_slots or self._give_up_less_wanted(page, rank, kept)
+            if not (has_slot or (may_evict and self._evict_for_prefetch(kept.union(rank)))):
                 break
             slots.append(self.table.stage(page, ())[0])
             chosen.append(page)
@@ -219,10 +214,18 @@ class PagedSequence:
             self._evicted_for_prefetch.difference_update(chosen)
             self.count(h2d_pages=len(chosen), prefetch_issued=len(chosen))
 
-    @staticmethod
-    def _last_of(rank: Mapping[int, int]) -> Callable[[int], int]:
-        """Orders pages by how little they are wanted; those that are not ranked come last, all alike."""
-        return lambda page: rank.get(page, len(rank))
+    def _give_up_less_wanted(self, page: int, rank: Mapping[int, int], kept: Collection[int]) -> bool:
+        """Free the slot of the page in `arriving` that ranks last, if that is behind this one; whether one was. Those
+        that are not ranked come last, all alike."""
+
+        def place(one: int) -> int:
+            return rank.get(one, len(rank))
+
+        least = max(self._spare(kept, only_arrived=self.paging.on_miss == "skip"), key=place, default=None)
+        if least is None or place(least) <= place(page):
+            return False
+        self._give_up(least)
+        return True
 
     def _evict_for_prefetch(self, kept: Collection[int]) -> bool:
         if all(page in kept for page in self.table.resident):

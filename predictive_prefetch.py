@@ -28,7 +28,7 @@ from typing import Any
 from cache_settings import PrefetchSpec, prefetch_conflicts
 from component_cli import demonstrate
 from fading import Guesses
-from generation import generate, measured_run
+from generation import generate, made_prompt, measured_run
 from kv_paging import MeasuredPagedCache, PagedKVCache
 from metrics import RunResult, Timing, prefetch_figures
 from models import LoadedModel
@@ -40,10 +40,9 @@ from paged_sequence import PagedSequence
 from prefetch_threshold import ConfidenceThreshold
 from query_foresight import QueryForesight
 from recorder import PageRequest
-from registry import PREDICTORS
+from registry import PREDICTORS, name_of
 from run_specs import RunSpec
 from utils import is_out_of_memory
-from workloads import TokenRows, prompt_tokens
 
 
 class PrefetchingKVCache(PagedKVCache):
@@ -158,7 +157,8 @@ class PrefetchingKVCache(PagedKVCache):
                 absent.setdefault(page, confidence)
         limit = self.prefetching.prefetch_k
         chosen = self.threshold.worth_copying((later.layer_idx, lane, step), list(absent.items()), limit)
-        self.recorder.count(later.layer_idx, prefetch_declined=min(limit, len(absent)) - len(chosen))
+        if n_declined := min(limit, len(absent)) - len(chosen):
+            self.recorder.count(later.layer_idx, prefetch_declined=n_declined)
         return chosen
 
     def _foreseen(self, layer: PagedLayer, later: PagedLayer, lane: int) -> tuple[dict[int, float], int] | None:
@@ -199,8 +199,7 @@ class PrefetchingKVCache(PagedKVCache):
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            name = self.prefetching.predictor if isinstance(self.prefetching.predictor, str) else None
-            name = name or self.prefetching.predictor["name"]
+            name = name_of(self.prefetching.predictor)
             raise RuntimeError(f"predictor {name!r} failed: {type(error).__name__}: {error}") from error
 
     def rows_selected(self, rows: Sequence[int]) -> None:
@@ -256,9 +255,7 @@ def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
 
 def recorded_requests(spec: RunSpec, model: LoadedModel, how: Mapping[str, Any]) -> list[PageRequest]:
     """What the layers ask for in the generation of a run, made without prefetch; `how` as for `run`."""
-    prompt: TokenRows = how.get("prompt") or prompt_tokens(
-        model.tokenizer, model.shape.vocab_size, spec.context_length, spec.batch_size, spec.seed
-    )
+    prompt = how.get("prompt") or made_prompt(spec, model)
     paging = asdict(replace(spec.paging, record_pages=True))
     cache = PagedKVCache(model.model.config, **paging)
     generate(

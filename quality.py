@@ -28,15 +28,14 @@ from typing import Any
 
 from cache_settings import Paging
 from fidelity import Reading, attention_recall, compare, read_text
-from generation import HFCache, MeasuredCache, generate
+from generation import HFCache, MeasuredCache, generate, made_prompt
 from kv_paging import MeasuredPagedCache, PagedKVCache
 from models import LoadedModel
 from predictive_prefetch import PrefetchingKVCache
 from quality_tasks import TaskItem, items
-from registry import TASKS
+from registry import TASKS, name_of
 from run_specs import RunSpec
 from score_intervals import mean_with_interval
-from workloads import prompt_tokens
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def _fidelity(spec: RunSpec, model: LoadedModel) -> dict[str, Any]:
     n_forced, chunk = spec.quality.fidelity_tokens, spec.prefill_chunk_size
     n_text = spec.context_length + n_forced
     _require_positions(model, n_text, f"{spec.context_length} tokens of context and {n_forced} fidelity_tokens")
-    text = prompt_tokens(model.tokenizer, model.shape.vocab_size, n_text, spec.batch_size, spec.seed)
+    text = made_prompt(spec, model, n_text)
 
     def read(cache: MeasuredCache) -> Reading:
         return read_text(model, cache, text, n_forced, chunk)
@@ -140,7 +139,7 @@ def _task_score(spec: RunSpec, model: LoadedModel, choice: Any, n_tokens: int) -
     scores = _kept_if_repeatable(spec, model, key, lambda: answer(lambda: make_cache(spec, model)))
     run, baseline = mean_with_interval(scores), mean_with_interval(of_baseline)
     return {
-        "task": choice if isinstance(choice, str) else choice["name"],
+        "task": name_of(choice),
         "tokens": n_tokens,
         **run,
         "baseline": baseline,

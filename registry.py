@@ -102,11 +102,11 @@ class Registry:
         for refused in self.refused_parameters(choice).values():
             raise refused
         parameters = {} if isinstance(choice, str) else {k: v for k, v in choice.items() if k != "name"}
-        return self.load(choice if isinstance(choice, str) else choice["name"])(**parameters)
+        return self.load(name_of(choice))(**parameters)
 
     def asks_for(self, choice: str | Mapping[str, Any], feature: str) -> bool:
         """Whether the part's class sets the attribute `feature`, such as `needs_mass`, to something true."""
-        return bool(getattr(self.load(choice if isinstance(choice, str) else choice["name"]), feature, False))
+        return bool(getattr(self.load(name_of(choice)), feature, False))
 
     def refused_parameters(self, choice: str | Mapping[str, Any]) -> dict[str, UnknownName]:
         """The parameters of a choice that its part does not have, each with what to say of it.
@@ -114,7 +114,7 @@ class Registry:
         Raises:
             UnknownName: as for `load`.
         """
-        name = choice if isinstance(choice, str) else choice["name"]
+        name = name_of(choice)
         known = parameters_of(self.load(name))
         there_are = f"(parameters: {', '.join(known) or 'none'})"
         return {
@@ -131,6 +131,11 @@ class Registry:
             doc = (cls.__doc__ or "").strip().splitlines()
             rows.append((name, parameters_of(cls), doc[0] if doc else ""))
         return rows
+
+
+def name_of(choice: str | Mapping[str, Any]) -> str:
+    """The name in a choice, with or without parameters."""
+    return choice if isinstance(choice, str) else choice["name"]
 
 
 def _defines(cls: type, verb: str) -> bool:

@@ -273,10 +273,10 @@ def _by_context(runs: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _comparative_analysis(frame: pd.DataFrame) -> dict[str, Any]:
     comparisons = compare(frame)
+    left_out = {mode: _approximate_besides(frame, mode) for mode in MODES if mode != "baseline"}
     by_mode = {
-        mode: [c for c in comparisons if c.mode == mode and c.strategy not in _approximate_besides(frame, mode)]
-        for mode in MODES
-        if mode != "baseline"
+        mode: [c for c in comparisons if c.mode == mode and c.strategy not in besides]
+        for mode, besides in left_out.items()
     }
     by_strategy: dict[str, list[Comparison]] = {}
     for comparison in comparisons:
