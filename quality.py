@@ -29,13 +29,13 @@ from typing import Any
 from cache_settings import Paging
 from fidelity import Reading, attention_recall, compare, read_text
 from generation import HFCache, MeasuredCache, generate, made_prompt
+from intervals import mean_with_interval
 from kv_paging import MeasuredPagedCache, PagedKVCache
 from models import LoadedModel
 from predictive_prefetch import PrefetchingKVCache
 from quality_tasks import TaskItem, items
 from registry import TASKS, name_of
 from run_specs import RunSpec
-from score_intervals import mean_with_interval
 
 log = logging.getLogger(__name__)
 

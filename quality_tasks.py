@@ -11,7 +11,7 @@ asked for does not depend on the length; only the filler around it does. Definit
   InfiniteBench (Zhang et al. 2024, https://arxiv.org/abs/2402.13718) made long;
 
 the texts are this project's own, so scores are not comparable with published ones. Prompts end in the middle of
-a sentence that the answer completes, so that a base model can be asked too. `score_intervals.py` sums up the scores.
+a sentence that the answer completes, so that a base model can be asked too. `intervals.py` sums up the scores.
 """
 
 from __future__ import annotations

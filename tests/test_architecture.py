@@ -66,7 +66,7 @@ LAYERS = (
     "quality_tasks",
     "task_texts",
     "workloads",
-    "score_intervals",
+    "intervals",
     "models",
     "model_routes",
     "converted_models",

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from score_intervals import Z_95, mean_with_interval, wilson
+from intervals import Z_95, bootstrap, mean_with_interval, wilson
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 30])
@@ -53,3 +53,14 @@ def test_an_interval_has_its_mean_inside_and_narrows_with_more_scores():
 def test_what_is_unknown_is_none():
     assert mean_with_interval([]) == {"n": 0, "mean": None, "low": None, "high": None}
     assert mean_with_interval([0.4]) == {"n": 1, "mean": 0.4, "low": None, "high": None}
+
+
+def test_the_bootstrap_of_a_median_is_that_of_all_resamples():
+    values = [41.0, 44.0, 45.0, 47.0, 90.0]
+    medians = [np.median(sample) for sample in itertools.product(values, repeat=5)]
+    assert bootstrap(values, np.median) == pytest.approx(np.quantile(medians, (0.025, 0.975)))
+
+
+def test_one_value_says_nothing_of_its_spread():
+    assert bootstrap([3.0], np.median) is None and bootstrap([], np.median) is None
+    assert bootstrap([3.0, 3.0], np.median) == (3.0, 3.0)
