@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cache_settings import is_exact
 from metrics import RunResult, ratio, spread
+from registry import choice_text
 
 DASH = "\N{EM DASH}"
 
@@ -160,14 +161,6 @@ def selection_text(paging: Mapping[str, Any]) -> str | None:
     if paging["dense_layers"]:
         words.append(f"dense_layers={paging['dense_layers']}")
     return ", ".join(words)
-
-
-def choice_text(choice: str | Mapping[str, Any]) -> str:
-    """A policy, selector or predictor as a config names it: `lru`, or `s3fifo (small_fraction=0.2)`."""
-    if isinstance(choice, str):
-        return choice
-    parameters = ", ".join(f"{key}={value}" for key, value in choice.items() if key != "name")
-    return f"{choice['name']} ({parameters})" if parameters else choice["name"]
 
 
 def link_text(link: Mapping[str, Any] | None) -> str | None:

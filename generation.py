@@ -132,7 +132,7 @@ def made_prompt(spec: RunSpec, model: LoadedModel, n_tokens: int | None = None) 
 def measured_run(
     spec: RunSpec,
     model: LoadedModel,
-    make_cache: Callable[[], MeasuredCache],
+    make_cache: Callable[[RunSpec, LoadedModel], MeasuredCache],
     *,
     reference: TokenRows | None = None,
     prompt: TokenRows | None = None,
@@ -144,7 +144,7 @@ def measured_run(
     Args:
         spec: the run.
         model: loaded for `spec.model_key`.
-        make_cache: makes the mode's cache, new and empty.
+        make_cache: makes the mode's cache for a run, new and empty.
         reference: the baseline's tokens for the same prompt and settings, to compare with.
         prompt: token rows to use instead of the made one.
         attention_mask: for that prompt, 0 where it is padded on the left.
@@ -158,8 +158,8 @@ def measured_run(
     if spec.repetition == 0:
         for _ in range(spec.warmup_runs):
             warmup_tokens = min(WARMUP_TOKENS, spec.max_new_tokens)
-            generate(spec, model, make_cache(), prompt, warmup_tokens, attention_mask=attention_mask)
-    cache = make_cache()
+            generate(spec, model, make_cache(spec, model), prompt, warmup_tokens, attention_mask=attention_mask)
+    cache = make_cache(spec, model)
     generation = generate(
         spec, model, cache, prompt, spec.max_new_tokens, attention_mask=attention_mask, on_token=on_token
     )

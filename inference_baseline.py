@@ -36,12 +36,17 @@ from utils import environment, write_json
 from workloads import token_sha256
 
 
+def make_cache(spec: RunSpec, model: LoadedModel) -> HFCache:
+    """The cache of a run, new and empty."""
+    return HFCache(spec.cache_implementation or "dynamic", model)
+
+
 def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
     """Keep the whole KV cache, with one of transformers' own caches.
 
     One run; see `generation.measured_run` for `how`.
     """
-    return measured_run(spec, model, lambda: HFCache(spec.cache_implementation or "dynamic", model), **how)
+    return measured_run(spec, model, make_cache, **how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

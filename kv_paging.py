@@ -359,15 +359,17 @@ class MeasuredPagedCache:
         return self.cache
 
 
+def make_cache(spec: RunSpec, model: LoadedModel) -> MeasuredPagedCache:
+    """The cache of a run, new and empty."""
+    return MeasuredPagedCache(PagedKVCache(model.model.config, **vars(spec.paging)), model)
+
+
 def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
     """Page the KV cache: a budget of pages on the device, the rest fetched when attention asks.
 
     One run; see `generation.measured_run` for `how`.
     """
-    paging = asdict(spec.paging)
-    return measured_run(
-        spec, model, lambda: MeasuredPagedCache(PagedKVCache(model.model.config, **paging), model), **how
-    )
+    return measured_run(spec, model, make_cache, **how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from component_tables import choice_text
 from metrics import RunResult
 from page_heatmap import draw_page_heatmap
+from registry import choice_text
 
 PAGED_MODES = ("reactive", "predictive")
 

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from cache_settings import PrefetchSpec, prefetch_conflicts
@@ -235,29 +235,34 @@ def _checked(guesses: Iterable[tuple[int, float]]) -> Guesses:
     return [(operator.index(page), float(confidence)) for page, confidence in guesses]
 
 
+def make_cache(spec: RunSpec, model: LoadedModel) -> MeasuredPagedCache:
+    """The cache of a run, new and empty."""
+    settings = vars(spec.paging) | vars(spec.prefetch)  # asdict would copy a recording
+    return MeasuredPagedCache(PrefetchingKVCache(model.model.config, **settings), model)
+
+
 def run(spec: RunSpec, model: LoadedModel, **how: Any) -> RunResult:
     """Page the KV cache and copy pages ahead of need.
 
     One run; see `generation.measured_run` for `how`. A predictor that needs a recording of the generation gets one:
     the same is generated once more beforehand, without prefetch, and not measured.
     """
-    options = asdict(spec.paging) | asdict(spec.prefetch)
-    if PREDICTORS.asks_for(spec.prefetch.predictor, "needs_recording"):
-        choice = spec.prefetch.predictor
-        given = {"name": choice} if isinstance(choice, str) else dict(choice)
-        options["predictor"] = {**given, "requests": recorded_requests(spec, model, how)}
+    choice = spec.prefetch.predictor
+    if not PREDICTORS.asks_for(choice, "needs_recording"):
+        return measured_run(spec, model, make_cache, **how)
+    given = {"name": choice} if isinstance(choice, str) else dict(choice)
+    knowing = {**given, "requests": recorded_requests(spec, model, how)}
 
-    def make_cache() -> MeasuredPagedCache:
-        return MeasuredPagedCache(PrefetchingKVCache(model.model.config, **options), model)
+    def make_knowing_cache(spec: RunSpec, model: LoadedModel) -> MeasuredPagedCache:
+        return make_cache(replace(spec, prefetch=replace(spec.prefetch, predictor=knowing)), model)
 
-    return measured_run(spec, model, make_cache, **how)
+    return measured_run(spec, model, make_knowing_cache, **how)
 
 
 def recorded_requests(spec: RunSpec, model: LoadedModel, how: Mapping[str, Any]) -> list[PageRequest]:
     """What the layers ask for in the generation of a run, made without prefetch; `how` as for `run`."""
     prompt = how.get("prompt") or made_prompt(spec, model)
-    paging = asdict(replace(spec.paging, record_pages=True))
-    cache = PagedKVCache(model.model.config, **paging)
+    cache = PagedKVCache(model.model.config, **vars(replace(spec.paging, record_pages=True)))
     generate(
         spec,
         model,

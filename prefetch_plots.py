@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plots import COLOURS, FAINT, INK, clear_frame, legend_below, to_png
+from registry import choice_text
 from result_frame import Result, context_tokens, describe_link, dig
 from timeline import COMPUTE, TO_DEVICE, TO_HOST, TRACKS, WAIT, Span
 
@@ -82,17 +83,9 @@ def describe_run(result: Result) -> str:
     words = [dig(result, "spec.model_name"), None if tokens is None else f"{tokens:,} tokens of context"]
     for name, path in (("predictor", "spec.prefetch.predictor"), ("selector", "spec.paging.selector")):
         choice = dig(result, path)
-        words.append(None if choice is None else f"{name}: {_in_words(choice)}")
+        words.append(None if choice is None else f"{name}: {choice_text(choice)}")
     words.append(None if link is None else f"link: {link}")
     return " · ".join(str(word) for word in words if word is not None)
-
-
-def _in_words(choice: str | Mapping[str, Any]) -> str:
-    """`ema`, or for a part with parameters `ema(decay=0.5)`."""
-    if not isinstance(choice, Mapping):
-        return choice
-    parameters = ", ".join(f"{key}={value}" for key, value in choice.items() if key != "name")
-    return f"{choice.get('name', '')}({parameters})" if parameters else str(choice.get("name", ""))
 
 
 # --- hits by layer ------------------------------------------------------------------------------------------------

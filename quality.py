@@ -4,51 +4,66 @@ Asked for by a `quality:` block, and measured apart from the timed generation, w
 
 * *fidelity* (fidelity.py): reading the run's own prompt and the text that goes on from it, with the run's cache and
   with transformers' own;
-* *tasks* (quality_tasks.py): questions whose answers lie somewhere in a long prompt, answered by greedy generation.
+* *tasks* (quality_tasks.py, prose_task.py): questions whose answers lie somewhere in a long prompt, answered by greedy
+  generation, and texts whose words are to be foreseen. Questions are fed token by token, as prefill reads every page
+  whatever a selector would choose.
 
 Every score stands beside that of the baseline on the very same items. A small model fails some tasks with all of its
 attention, and such a task tells nothing about a cache: then `discriminates` is False.
 
-The question is part of the prompt, and prefill reads every page; so what a selector costs shows in the answer's tokens
-after the first, and a cache that loses the question itself is not caught by it.
-
 Prefetch never changes what is attended to, so a predictive run is judged with its paging alone; unless it may skip
 pages, which then depends on what was copied ahead. What the baseline says of a text or an item depends on the model and
-nothing else, and is kept for the other runs as long as the model is.
+nothing else, and is kept for the other runs as long as the model is. Where the whole cache does not fit on the device,
+which is what paging is for, an exact paged cache with the run's own budget stands in for the baseline, and `reference`
+says so.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import math
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from cache_settings import Paging
-from fidelity import Reading, attention_recall, compare, read_text
-from generation import HFCache, MeasuredCache, generate, made_prompt
-from intervals import mean_with_interval
-from kv_paging import MeasuredPagedCache, PagedKVCache
+from fidelity import ROUNDING_NATS, attention_recall, compare, mean_pages, perplexity, surprise
+from generation import HFCache, MeasuredCache, made_prompt
+from intervals import bootstrap, mean_with_interval
 from models import LoadedModel
-from predictive_prefetch import PrefetchingKVCache
-from quality_tasks import TaskItem, items
-from registry import TASKS, name_of
+from quality_tasks import Task, TaskItem, items
+from reading import PagesOfSteps, Reading, answer, read_text
+from registry import CACHES, TASKS, choice_text
 from run_specs import RunSpec
+from utils import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 LEAST_BASELINE_SCORE = 0.5  # below it, most of what a task asks is lost with full attention already
+MOST_READING_BYTES = 2 * 2**30  # of what a model said of one text
+MOST_READINGS = 6  # kept for other runs: those of one text, as runs of one context are measured after each other
+HF_CACHE, EXACT_PAGES = "transformers' dynamic cache", "exact paging: the whole cache does not fit"
 
 _known: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+
+MakeCache = Callable[[], MeasuredCache]
+
+
+def needs_quality(spec: RunSpec) -> bool:
+    """Whether a run's quality is to be measured: asked for, and once for all repetitions, which give the same."""
+    return spec.quality is not None and spec.repetition == 0
 
 
 def quality_figures(spec: RunSpec, model: LoadedModel) -> dict[str, Any]:
     """What a run's `quality` block holds beside its tokens: `fidelity` and `tasks`, each None where not asked for.
 
     What could not be measured is left out, and `error` says why: a task that does not fit into the length asked for, a
-    model without a tokenizer to write tasks with, or whatever else went wrong.
+    model without a tokenizer to write tasks with, or whatever else went wrong. It is an error too if a run that claims
+    to be exact is further from the baseline than rounding explains.
     """
     quality, errors = spec.quality, []
 
@@ -63,6 +78,8 @@ def quality_figures(spec: RunSpec, model: LoadedModel) -> dict[str, Any]:
             gc.collect()  # the cache of one reading before that of the next
 
     fidelity = measured("fidelity", lambda: _fidelity(spec, model)) if quality.fidelity_tokens else None
+    if fidelity is not None and fidelity["within_rounding"] is False:
+        errors.append(f"not exact, though it should be: KL {fidelity['kl_mean']:.2g} nats from the baseline")
     scores = [
         measured(f"{task} at {length} tokens", lambda task=task, length=length: _task_score(spec, model, task, length))
         for task in quality.tasks
@@ -72,14 +89,77 @@ def quality_figures(spec: RunSpec, model: LoadedModel) -> dict[str, Any]:
     return figures | ({"error": "; ".join(errors)} if errors else {})
 
 
+# --- caches ---------------------------------------------------------------------------------------------------------
+
+
+def judged_spec(spec: RunSpec) -> RunSpec:
+    """The run with what decides its tokens: without what is only recorded, and without prefetch unless pages that come
+    late are skipped."""
+    if spec.paging is None:
+        return spec
+    spec = replace(spec, paging=replace(spec.paging, record_pages=False, record_timeline=False))
+    return spec if spec.paging.on_miss == "skip" else replace(spec, mode="reactive", prefetch=None)
+
+
 def make_cache(spec: RunSpec, model: LoadedModel) -> MeasuredCache:
     """A cache that attends to what the run's attends to."""
-    if spec.paging is None:
-        return HFCache(spec.cache_implementation or "dynamic", model)
-    config, paging = model.model.config, asdict(_what_decides(spec.paging))
-    if spec.prefetch is None or spec.paging.on_miss == "wait":
-        return MeasuredPagedCache(PagedKVCache(config, **paging), model)
-    return MeasuredPagedCache(PrefetchingKVCache(config, **paging, **asdict(spec.prefetch)), model)
+    spec = judged_spec(spec)
+    return CACHES.load(spec.mode)(spec, model)
+
+
+def exact_pages(spec: RunSpec) -> RunSpec:
+    """A paged run whose attention reads every page, in the memory that this one has."""
+    paging = spec.paging
+    kept = Paging(
+        page_size=paging.page_size,
+        max_gpu_pages=paging.max_gpu_pages,
+        staging_pages=paging.staging_pages,
+        sink_pages=paging.sink_pages,
+        recent_pages=paging.recent_pages,
+        host_pages=paging.host_pages,
+        disk_dir=paging.disk_dir,
+        link="memory",  # nothing is timed
+    )
+    return replace(spec, mode="reactive", paging=kept, prefetch=None)
+
+
+def _of_baseline(spec: RunSpec, model: LoadedModel, key: tuple, make: Callable[[MakeCache], Any]) -> tuple[Any, str]:
+    """What `make` gives with transformers' cache, or where that does not fit with exact paging; and which it was."""
+    try:
+        return _kept(model, (*key, HF_CACHE), lambda: make(lambda: HFCache("dynamic", model))), HF_CACHE
+    except Exception as error:
+        if spec.paging is None or not is_out_of_memory(error):
+            raise
+        log.warning("%s: the whole cache does not fit, so exact paging stands in for the baseline", spec.slug)
+    gc.collect()  # only here has the error let go of the tensors in its traceback
+    return _of_run(exact_pages(spec), model, key, make), EXACT_PAGES
+
+
+def _of_run(spec: RunSpec, model: LoadedModel, key: tuple, make: Callable[[MakeCache], Any]) -> Any:
+    """What `make` gives with a run's cache. Runs that attend to the same pages say the same, whatever is predicted;
+    unless pages that come late are skipped."""
+
+    def made() -> Any:
+        return make(lambda: make_cache(spec, model))
+
+    if spec.paging is not None and spec.paging.on_miss == "skip":
+        return made()
+    what = spec.cache_implementation if spec.paging is None else judged_spec(spec).paging
+    return _kept(model, (*key, str(what)), made)
+
+
+def _kept(model: LoadedModel, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` gives for a model, made once for each key; of readings, which are large, the last few."""
+    kept = _known.setdefault(model.model, {})
+    if key not in kept:
+        kept[key] = make()
+        readings = [key for key, value in kept.items() if isinstance(value, Reading)]
+        for oldest in readings[:-MOST_READINGS]:
+            del kept[oldest]
+    return kept[key]
+
+
+# --- fidelity -------------------------------------------------------------------------------------------------------
 
 
 def _fidelity(spec: RunSpec, model: LoadedModel) -> dict[str, Any]:
@@ -87,25 +167,21 @@ def _fidelity(spec: RunSpec, model: LoadedModel) -> dict[str, Any]:
     n_forced, chunk = spec.quality.fidelity_tokens, spec.prefill_chunk_size
     n_text = spec.context_length + n_forced
     _require_positions(model, n_text, f"{spec.context_length} tokens of context and {n_forced} fidelity_tokens")
+    _require_memory(model, spec.batch_size, n_forced)
     text = made_prompt(spec, model, n_text)
 
-    def read(cache: MeasuredCache) -> Reading:
-        return read_text(model, cache, text, n_forced, chunk)
+    def read(make: MakeCache) -> Reading:
+        return read_text(model, make(), text, n_forced, chunk)
 
     key = ("text", n_text, n_forced, spec.batch_size, spec.seed, chunk)
-    baseline = _kept(model, (*key, "dynamic"), lambda: read(HFCache("dynamic", model)))
-    run = _kept_if_repeatable(spec, model, key, lambda: read(make_cache(spec, model)))
-    figures: dict[str, Any] = compare(run, baseline, text, n_forced)
-    if spec.paging is None or spec.paging.granularity == "kv_head":  # by head, no page is read or left out as a whole
-        return figures | {"attention_mass_recall": None, "page_recall": None}
-    size = spec.paging.page_size
-    truth = _kept(model, (*key, size), lambda: read(_every_page(spec, model, n_text)))
-    return figures | attention_recall(run, truth)
-
-
-def _what_decides(paging: Paging) -> Paging:
-    """The paging without what is only recorded of it."""
-    return replace(paging, record_pages=False, record_timeline=False)
+    baseline, reference = _of_baseline(spec, model, key, read)
+    run = _of_run(spec, model, key, read)
+    figures: dict[str, Any] = {"reference": reference, **compare(run, baseline, text, n_forced)}
+    figures["within_rounding"] = figures["kl_mean"] <= ROUNDING_NATS[model.dtype_name] if spec.exact else None
+    if spec.paging is None:
+        return figures | attention_recall(run.pages, baseline.pages)
+    truth = _of_run(exact_pages(spec), model, key, read)
+    return figures | attention_recall(run.pages, truth.pages, spec.paging.granularity == "kv_head")
 
 
 def _require_positions(model: LoadedModel, n_tokens: int, what: str) -> None:
@@ -116,11 +192,18 @@ def _require_positions(model: LoadedModel, n_tokens: int, what: str) -> None:
         raise ValueError(f"{what} are {n_tokens} positions, and the model has {limit}; ask for fewer")
 
 
-def _every_page(spec: RunSpec, model: LoadedModel, n_tokens: int) -> MeasuredPagedCache:
-    """A paged cache in which every page is resident and read."""
-    n_pages = max(3, -(-n_tokens // spec.paging.page_size))
-    cache = PagedKVCache(model.model.config, page_size=spec.paging.page_size, max_gpu_pages=n_pages, link="memory")
-    return MeasuredPagedCache(cache, model)
+def _require_memory(model: LoadedModel, n_rows: int, n_forced: int) -> None:
+    """Raises ValueError where what is said of a text, a probability of every word at each step, is too much to keep."""
+    n_bytes = 4 * n_rows * n_forced * model.shape.vocab_size
+    if n_bytes > MOST_READING_BYTES:
+        most = n_forced * MOST_READING_BYTES // n_bytes
+        raise ValueError(
+            f"{n_forced} fidelity_tokens in {n_rows} rows with {model.shape.vocab_size} probabilities each are"
+            f" {n_bytes / 2**30:.1f} GiB to keep; ask for at most {most}"
+        )
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
 
 
 def _task_score(spec: RunSpec, model: LoadedModel, choice: Any, n_tokens: int) -> dict[str, Any]:
@@ -130,51 +213,60 @@ def _task_score(spec: RunSpec, model: LoadedModel, choice: Any, n_tokens: int) -
     task, quality = TASKS.create(choice), spec.quality
     asked = items(task, model.tokenizer, n_tokens, quality.samples, spec.seed)
     _require_positions(model, n_tokens + max(item.max_new_tokens for item in asked), "a task's prompt and its answer")
+    unit = getattr(task, "unit", "share")
+    score_item = _surprise_at if unit == "perplexity" else _score_of_answer
 
-    def answer(make: Callable[[], MeasuredCache]) -> list[float]:
-        return [task.score(_answer(spec, model, make(), item), item) for item in asked]
+    def scored(make: MakeCache) -> list[tuple[float, PagesOfSteps]]:
+        return [score_item(spec, model, make(), task, item) for item in asked]
 
     key = ("task", str(choice), n_tokens, quality.samples, spec.seed, spec.prefill_chunk_size)
-    of_baseline = _kept(model, (*key, "dynamic"), lambda: answer(lambda: HFCache("dynamic", model)))
-    scores = _kept_if_repeatable(spec, model, key, lambda: answer(lambda: make_cache(spec, model)))
-    run, baseline = mean_with_interval(scores), mean_with_interval(of_baseline)
+    of_baseline, reference = _of_baseline(spec, model, key, scored)
+    of_run = _of_run(spec, model, key, scored)
+    scores, baseline_scores = ([score for score, _ in of_items] for of_items in (of_run, of_baseline))
+    baseline = _summed_up(baseline_scores, unit)
     return {
-        "task": name_of(choice),
+        "task": choice_text(choice),
+        "unit": unit,
         "tokens": n_tokens,
-        **run,
+        **_summed_up(scores, unit),
+        "reference": reference,
         "baseline": baseline,
-        "discriminates": baseline["mean"] >= LEAST_BASELINE_SCORE,
+        "discriminates": None if unit == "perplexity" else baseline["mean"] >= LEAST_BASELINE_SCORE,
+        **mean_pages([step for _, pages in of_run for step in pages]),
         "items": [
-            {"depth": item.depth, "score": score, "baseline_score": base}
-            for item, score, base in zip(asked, scores, of_baseline, strict=True)
+            {"depth": item.depth, "score": _in_unit(score, unit), "baseline_score": _in_unit(base, unit)}
+            for item, score, base in zip(asked, scores, baseline_scores, strict=True)
         ],
     }
 
 
-def _answer(spec: RunSpec, model: LoadedModel, cache: MeasuredCache, item: TaskItem) -> str:
-    """What the model answers to an item, greedily."""
-    greedy = replace(spec, do_sample=False, stop_at_eos=True, batch_size=1)
-    tokens = generate(greedy, model, cache, [item.prompt], item.max_new_tokens).tokens[0]
-    return model.tokenizer.decode(tokens, skip_special_tokens=True)
+def _score_of_answer(
+    spec: RunSpec, model: LoadedModel, cache: MeasuredCache, task: Task, item: TaskItem
+) -> tuple[float, PagesOfSteps]:
+    """How right the answer to an item is, 0 to 1."""
+    eos = model.model.generation_config.eos_token_id
+    stop = {eos} if isinstance(eos, int) else set(eos or ())
+    said = answer(model, cache, item.prompt, item.n_question, item.max_new_tokens, stop, spec.prefill_chunk_size)
+    return task.score(model.tokenizer.decode(said.tokens, skip_special_tokens=True), item), said.pages
 
 
-def _kept_if_repeatable(spec: RunSpec, model: LoadedModel, key: tuple, make: Callable[[], Any]) -> Any:
-    """The same for a run's own cache: runs that attend to the same pages say the same, whatever is predicted; unless
-    pages that come late are skipped."""
-    if spec.paging is not None and spec.paging.on_miss == "skip":
-        return make()
-    what = spec.cache_implementation if spec.paging is None else _what_decides(spec.paging)
-    return _kept(model, (*key, str(what)), make)
+def _surprise_at(
+    spec: RunSpec, model: LoadedModel, cache: MeasuredCache, task: Task, item: TaskItem
+) -> tuple[float, PagesOfSteps]:
+    """The mean negative log-likelihood of the last tokens of an item's text, in nats."""
+    reading = read_text(model, cache, [item.prompt], item.n_question, spec.prefill_chunk_size)
+    surprises = surprise(reading, [item.prompt], item.n_question)
+    return math.fsum(surprises) / len(surprises), reading.pages
 
 
-def _kept(model: LoadedModel, key: Hashable, make: Callable[[], Any]) -> Any:
-    """What `make` gives for a model, made once for each key."""
-    kept = _known.setdefault(model.model, {})
-    if key not in kept:
-        kept[key] = make()
-    return kept[key]
+def _summed_up(scores: list[float], unit: str) -> dict[str, Any]:
+    """Mean and 95 % confidence interval; of mean negative log-likelihoods, as perplexities."""
+    if unit != "perplexity":
+        return mean_with_interval(scores)
+    low, high = bootstrap(scores, np.mean) or (None, None)
+    limits = {"low": _in_unit(low, unit), "high": _in_unit(high, unit)}
+    return {"n": len(scores), "mean": perplexity(scores), **limits}
 
 
-def needs_quality(spec: RunSpec) -> bool:
-    """Whether a run's quality is to be measured: asked for, and once for all repetitions, which give the same."""
-    return spec.quality is not None and spec.repetition == 0
+def _in_unit(score: float | None, unit: str) -> float | None:
+    return math.exp(score) if unit == "perplexity" and score is not None else score

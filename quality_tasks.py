@@ -55,10 +55,17 @@ class TaskItem:
     depth: float | None
     """Where in the filler the needle that is asked for first stands: 0 start, 1 end; None for what has no one place."""
     text: str
+    n_question: int = 1
+    """How many of the prompt's last tokens are the question. They are fed in decode steps, so that a cache that leaves
+    something out must find the answer with them; at least 1."""
 
 
 class Task(Protocol):
-    """A kind of question. A class of one's own needs these two verbs, and `has_depth`."""
+    """A kind of question. A class of one's own needs these two verbs, and `has_depth`.
+
+    One whose `unit` is `perplexity`, rather than the share of what was right, asks nothing: its prompts are texts, of
+    which the last `n_question` tokens are scored by how well each is foreseen (prose_task.py).
+    """
 
     has_depth: ClassVar[bool]
 
@@ -73,6 +80,7 @@ class GeneratedTask:
 
     name: ClassVar[str]
     has_depth: ClassVar[bool] = True
+    unit: ClassVar[str] = "share"
 
     def draft(self, rng: random.Random, depth: float) -> Draft:
         """The item of this random state. Whatever is drawn from `rng` is the same for every length and depth."""
@@ -102,12 +110,14 @@ class GeneratedTask:
         except TooShort as short:
             raise ValueError(f"task {self.name!r} does not fit in {n_tokens} tokens: this item needs {short}") from None
         answer_tokens = len(encoded(tokenizer, " " + ", ".join(draft.answers)))
+        prompt = encoded(tokenizer, text)
         return TaskItem(
-            prompt=encoded(tokenizer, text),
+            prompt=prompt,
             answers=draft.answers,
             max_new_tokens=answer_tokens * 3 // 2 + 8,  # for words around the answers
             depth=depth if self.has_depth else None,
             text=text,
+            n_question=len(prompt) - len(encoded(tokenizer, text.removesuffix(draft.question))),
         )
 
     def score(self, text: str, item: TaskItem) -> float:
@@ -147,14 +157,11 @@ class Passkey(GeneratedTask):
         filler = Filler(WALK)
         needle = f"The pass key is {key}. Keep it in mind: {key} is the pass key."
 
-        def text_of(n_words: int) -> str:
-            return (
-                "A pass key is hidden in the text below. Find it and memorize it.\n\n"
-                f"{hide(filler.words(n_words), [(depth, needle)])}\n\n"
-                "Which number is the pass key? The pass key is"
-            )
+        def context_of(n_words: int) -> str:
+            haystack = hide(filler.words(n_words), [(depth, needle)])
+            return f"A pass key is hidden in the text below. Find it and memorize it.\n\n{haystack}"
 
-        return Draft((key,), text_of)
+        return Draft((key,), context_of, "Which number is the pass key? The pass key is")
 
 
 def code_draft(
@@ -166,11 +173,11 @@ def code_draft(
     sentences = plain_sentences()
     filler = Filler(sentences, end=rng.randrange(len(sentences)))
 
-    def text_of(n_words: int) -> str:
+    def context_of(n_words: int) -> str:
         haystack = hide(filler.words(n_words), list(zip(depths, needles, strict=True)))
-        return f"Secret codes are hidden in the text below. Find and memorize them.\n\n{haystack}\n\n{question}"
+        return f"Secret codes are hidden in the text below. Find and memorize them.\n\n{haystack}"
 
-    return Draft(tuple(answers), text_of)
+    return Draft(tuple(answers), context_of, question)
 
 
 @dataclass(frozen=True)
@@ -274,15 +281,15 @@ class KVRetrieval(GeneratedTask):
         key, value = random_uuid(rng), random_uuid(rng)
         others, filler = rng.getrandbits(64), Filler(WALK)
 
-        def text_of(n_pairs: int, n_words: int = 0) -> str:
+        def context_of(n_pairs: int, n_words: int = 0) -> str:
             drawn = random.Random(others)  # anew, so that the first pairs are the same however many there are
             lines = [f'"{random_uuid(drawn)}": "{random_uuid(drawn)}"' for _ in range(n_pairs + 1)]
             lines.insert(round(depth * len(lines)), f'"{key}": "{value}"')
             padding = " ".join(filler.words(n_words)) + "\n\n" if n_words else ""
             pairs = ",\n".join(lines)
-            return f'{padding}A JSON object of keys and values:\n\n{{{pairs}}}\n\nThe value of the key "{key}" is'
+            return f"{padding}A JSON object of keys and values:\n\n{{{pairs}}}"
 
-        return Draft((value,), text_of, pads=True)
+        return Draft((value,), context_of, f'The value of the key "{key}" is', pads=True)
 
 
 @dataclass(frozen=True)
@@ -315,15 +322,15 @@ class VariableTracking(GeneratedTask):
             needles += list(zip(sorted(rng.random() for _ in lines), lines, strict=True))
         filler = Filler(WALK)
 
-        def text_of(n_words: int) -> str:
-            return (
-                "Variables are assigned in the text below. Keep track of their values.\n\n"
-                f"{hide(filler.words(n_words), needles)}\n\n"
-                f"Which {n_each} variables hold the value {values[0]}? The {n_each} variables that hold the value "
-                f"{values[0]} are"
-            )
+        def context_of(n_words: int) -> str:
+            haystack = hide(filler.words(n_words), needles)
+            return f"Variables are assigned in the text below. Keep track of their values.\n\n{haystack}"
 
-        return Draft(tuple(chains[0]), text_of)
+        question = (
+            f"Which {n_each} variables hold the value {values[0]}? The {n_each} variables that hold the value "
+            f"{values[0]} are"
+        )
+        return Draft(tuple(chains[0]), context_of, question)
 
 
 @dataclass(frozen=True)
@@ -351,7 +358,7 @@ class FrequentWords(GeneratedTask):
         last, next_one = self.share(self.top + 1), self.share(self.top + 2)
         fewest = math.ceil(max(1 / (last - next_one), 2 / last))  # from here on no other word is as frequent as the top
 
-        def text_of(n_more: int) -> str:
+        def context_of(n_more: int) -> str:
             n = fewest + n_more
             text: list[str] = []
             for rank in itertools.count(1):
@@ -362,13 +369,10 @@ class FrequentWords(GeneratedTask):
                 # What is lost by rounding down goes to the rarest words, once each.
                 text += [words[rank - 1]] * max(int(n * self.share(rank)), 1)
             random.Random(order).shuffle(text)
-            return (
-                "Count how often each made-up word occurs in the text below. Dots do not count.\n\n"
-                f"{' '.join(text)}\n\n"
-                f"Which {self.top} words occur most often? The {self.top} most frequent words are"
-            )
+            return f"Count how often each made-up word occurs in the text below. Dots do not count.\n\n{' '.join(text)}"
 
-        return Draft(tuple(words[1 : self.top + 1]), text_of)
+        question = f"Which {self.top} words occur most often? The {self.top} most frequent words are"
+        return Draft(tuple(words[1 : self.top + 1]), context_of, question)
 
     def share(self, rank: int) -> float:
         """The share of the words that have this rank in a zeta distribution."""

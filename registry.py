@@ -138,6 +138,14 @@ def name_of(choice: str | Mapping[str, Any]) -> str:
     return choice if isinstance(choice, str) else choice["name"]
 
 
+def choice_text(choice: str | Mapping[str, Any]) -> str:
+    """A choice as tables name it: `lru`, or `s3fifo (small_fraction=0.2)`."""
+    if isinstance(choice, str):
+        return choice
+    parameters = ", ".join(f"{key}={value}" for key, value in choice.items() if key != "name")
+    return f"{choice['name']} ({parameters})" if parameters else choice["name"]
+
+
 def _defines(cls: type, verb: str) -> bool:
     """Whether a class has a verb with something in it; a Protocol that it derives from has it in name only."""
     owner = next((base for base in cls.__mro__ if verb in vars(base)), None)
@@ -161,6 +169,14 @@ MODES = Registry(
         "baseline": "inference_baseline:run",
         "reactive": "kv_paging:run",
         "predictive": "predictive_prefetch:run",
+    },
+)
+CACHES = Registry(  # what each mode measures, to attend with where nothing is timed
+    "mode",
+    {
+        "baseline": "inference_baseline:make_cache",
+        "reactive": "kv_paging:make_cache",
+        "predictive": "predictive_prefetch:make_cache",
     },
 )
 POLICIES = Registry(
@@ -214,6 +230,7 @@ TASKS = Registry(
         "kv_retrieval": "quality_tasks:KVRetrieval",
         "variable_tracking": "quality_tasks:VariableTracking",
         "frequent_words": "quality_tasks:FrequentWords",
+        "prose_perplexity": "prose_task:ProsePerplexity",
     },
     verbs=("item", "score", "has_depth"),
 )

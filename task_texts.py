@@ -201,13 +201,20 @@ def largest_that_fits(size_of: Callable[[int], int], limit: int) -> int:
 
 @dataclass(frozen=True)
 class Draft:
-    """An item before it has its length: the answers, and the prompt for any amount of filler."""
+    """An item before it has its length: the answers, the question, and the context for any amount of filler."""
 
     answers: tuple[str, ...]
-    text_of: Callable[..., str]
-    """The prompt with n units of filler; with `pads`, and with m words of padding besides: `text_of(n, m)`."""
+    context_of: Callable[..., str]
+    """What stands before the question with n units of filler; with `pads`, and with m words of padding besides:
+    `context_of(n, m)`."""
+    question: str
+    """Ends where the answer is to begin."""
     pads: bool = False
     """Whether a unit of filler is so many tokens that words must make up for what is left."""
+
+    def text_of(self, *filler: int) -> str:
+        """The prompt with so much filler."""
+        return f"{self.context_of(*filler)}\n\n{self.question}"
 
 
 class TooShort(ValueError):

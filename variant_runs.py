@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from component_tables import choice_text
 from experiments import Experiment, override
 from metrics import RunResult
-from registry import Registry
+from registry import Registry, choice_text
 from run_specs import RunSpec
 
 

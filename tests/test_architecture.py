@@ -22,17 +22,18 @@ MIN_DOCSTRING_WORDS = 15
 LAYERS = (
     "main",
     "sweep",
-    "quality",
     "predictive_prefetch",
     "kv_paging",
     "inference_baseline",
     "component_cli",
+    "quality",
     "output_files",
     "variant_runs",
     "variant_tables",
     "component_tables",
     "max_context",
     "fidelity",
+    "reading",
     "generation",
     "device_meters",
     "paged_layer",
@@ -63,6 +64,7 @@ LAYERS = (
     "progress",
     "plan_table",
     "planning",
+    "prose_task",
     "quality_tasks",
     "task_texts",
     "workloads",
@@ -117,6 +119,7 @@ NEED_TORCH = {
     "query_foresight",
     "quality",
     "fidelity",
+    "reading",
 }
 
 MODULES = sorted(path.stem for path in PROJECT.glob("*.py") if path.stem not in ("setup", "conftest"))

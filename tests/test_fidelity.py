@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from fidelity import Reading, attention_recall, compare, read_text
+from fidelity import attention_recall, compare, mean_pages
 from generation import HFCache
+from intervals import wilson
 from kv_paging import MeasuredPagedCache, PagedKVCache
+from reading import Reading, answer, read_text
 
 N_FORCED, SIZE = 12, 8
 
@@ -67,6 +69,9 @@ def test_an_approximation_is_as_far_from_the_baseline_as_its_distributions_are(t
     assert figures["kl_max"] == pytest.approx(by_hand.max().item()) and figures["kl_max"] > 1e-6
     same = [int(a.argmax()) == int(b.argmax()) for a, b in zip(base.flatten(0, 1), run.flatten(0, 1), strict=True)]
     assert figures["top1_agreement"] == pytest.approx(sum(same) / len(same))
+    assert (figures["top1_low"], figures["top1_high"]) == pytest.approx(wilson(sum(same) / len(same), len(same)))
+    assert 0 < figures["kl_low"] < figures["kl_mean"] < figures["kl_high"] < figures["kl_max"]
+    assert (figures["n_tokens"], figures["perplexity_tokens"]) == (2 * N_FORCED, 2 * (N_FORCED - 1))
     for name, said in (("perplexity", run), ("baseline_perplexity", base)):
         of_text = [
             said[row, step, text[row][90 - N_FORCED + step + 1]].item()
@@ -88,8 +93,9 @@ def true_shares(attentions, step):
 
 def test_recall_is_counted_in_true_attention(tiny, text, whole):
     truth = read_text(tiny, every_page(tiny), text, N_FORCED, None)
-    for step, of_step in enumerate(truth.attention):
-        for shares, expected in zip(of_step, true_shares(whole[1], step), strict=True):
+    for step, of_step in enumerate(truth.pages):
+        for read, expected in zip(of_step, true_shares(whole[1], step), strict=True):
+            shares = dict(zip(read.pages, read.shares().mean(1).tolist(), strict=True))
             assert [shares[page] for page in sorted(shares)] == pytest.approx(expected, abs=1e-5)
     run = read_text(tiny, paged(tiny, selector="window", attention_pages=4), text, N_FORCED, None)
     mass, pages = [], []
@@ -99,16 +105,70 @@ def test_recall_is_counted_in_true_attention(tiny, text, whole):
             mass.append(sum(true[page] for page in read) / sum(true))
             best = sorted(range(len(true)), key=lambda page: -true[page])[:4]
             pages.append(len(read & set(best)) / 4)
-    recall = attention_recall(run, truth)
+    recall = attention_recall(run.pages, truth.pages)
     assert recall["attention_mass_recall"] == pytest.approx(sum(mass) / len(mass), abs=1e-5)
     assert recall["page_recall"] == pytest.approx(sum(pages) / len(pages), abs=0.02)  # near-equal shares may swap
-    assert attention_recall(truth, truth) == {"attention_mass_recall": pytest.approx(1.0), "page_recall": 1.0}
+    assert recall["attended_pages"] == 4 and recall["pages"] == mean_pages(run.pages)["pages"]
+    whole_of_it = attention_recall(truth.pages, truth.pages)
+    assert (whole_of_it["attention_mass_recall"], whole_of_it["page_recall"]) == (pytest.approx(1.0), 1.0)
+    assert whole_of_it["attended_pages"] == whole_of_it["pages"] == mean_pages(truth.pages)["attended_pages"]
+
+
+def test_heads_that_choose_their_own_pages_are_held_against_their_own_attention(tiny, text, whole):
+    truth = read_text(tiny, every_page(tiny), text, N_FORCED, None)
+    settings = {"selector": "quest", "granularity": "kv_head", "attention_pages": 4}
+    run = read_text(tiny, paged(tiny, **settings), text, N_FORCED, None)
+    n_kv, mass, among_best = tiny.shape.n_kv_heads, [], []
+    for step, reads in enumerate(run.pages):
+        position = 90 - N_FORCED + step
+        for place, read in enumerate(reads):
+            layer, row = divmod(place, 2)
+            weights = whole[1][layer][row, :, position, : position + 1]
+            for head, of_head in enumerate(weights.reshape(n_kv, -1, weights.shape[-1])):
+                shares = [float(part.sum()) for part in of_head.mean(0).split(SIZE)]
+                mine = {page for page, was in zip(read.pages, read.seen()[:, head].tolist(), strict=True) if was}
+                assert len(mine) == 4 and {0, len(shares) - 1} <= mine  # the sink and the open page
+                mass.append(sum(shares[page] for page in mine) / sum(shares))
+                best = sorted(range(len(shares)), key=lambda page: -shares[page])[:4]
+                among_best.append(len(mine & set(best)) / 4)
+    assert any(not read.seen().all() for reads in run.pages for read in reads)  # heads did differ
+    recall = attention_recall(run.pages, truth.pages, by_head=True)
+    assert recall["attention_mass_recall"] == pytest.approx(sum(mass) / len(mass), abs=1e-5)
+    assert recall["page_recall"] == pytest.approx(sum(among_best) / len(among_best), abs=0.02)
+    assert recall["attended_pages"] == mean_pages(run.pages)["attended_pages"] == 4
+
+
+def test_an_answer_is_that_of_plain_greedy_generation_wherever_the_question_begins(tiny, text):
+    prompt = text[0][:60]
+    ids = torch.tensor([prompt])
+    plain = tiny.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9)
+    expected = plain[0, 60:].tolist()
+    for n_question in (1, 13):
+        for make in (lambda: HFCache("dynamic", tiny), lambda: paged(tiny)):
+            said = answer(tiny, make(), prompt, n_question, 9, (), 16)
+            assert said.tokens == expected
+    assert len(said.pages) == 13 + 8  # the last word is not fed back
+    assert (
+        answer(tiny, paged(tiny), prompt, 1, 9, {expected[4]}, None).tokens == expected[: expected.index(expected[4])]
+    )
+
+
+def test_a_question_is_put_to_the_selector_and_not_read_by_prefill(tiny, text):
+    prompt = text[0][:80]
+    said = answer(tiny, paged(tiny, selector="window", attention_pages=3), prompt, 6, 1, (), None)
+    assert len(said.pages) == 6
+    assert all(len(read.pages) == 3 < read.n_there for reads in said.pages for read in reads)
 
 
 def test_a_cache_without_pages_has_no_recall(tiny, text):
     reading = read_text(tiny, HFCache("dynamic", tiny), text, 2, None)
     truth = read_text(tiny, HFCache("dynamic", tiny), text, 2, None)
-    assert attention_recall(reading, truth) == {"attention_mass_recall": None, "page_recall": None}
+    nothing = {"attended_pages": None, "pages": None}
+    assert mean_pages(reading.pages) == nothing
+    assert attention_recall(reading.pages, truth.pages) == nothing | {
+        "attention_mass_recall": None,
+        "page_recall": None,
+    }
 
 
 def test_the_cache_is_no_longer_watched_afterwards(tiny, text):

@@ -168,7 +168,7 @@ def test_every_title_says_what_the_run_was_and_that_its_link_is_simulated(figure
 
 def test_a_predictor_with_parameters_is_described_with_them():
     result = predictive(spec__prefetch={"predictor": {"name": "ema", "decay": 0.5}, "prefetch_k": 2})
-    assert "predictor: ema(decay=0.5) ·" in describe_run(result)
+    assert "predictor: ema (decay=0.5) ·" in describe_run(result)
     assert describe_run({}) == ""
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import weakref
 
 import pytest
+import torch
 
 import quality
 from experiments import MODE_CLASSES
-from fidelity import compare, read_text
+from fidelity import compare
 from generation import HFCache
 from kv_paging import PagedKVCache
 from planning import plan
 from predictive_prefetch import PrefetchingKVCache
-from quality import make_cache, needs_quality, quality_figures
+from quality import EXACT_PAGES, HF_CACHE, make_cache, needs_quality, quality_figures
+from reading import read_text
+from registry import TASKS
 from run_specs import QualitySpec, expand
 from sweep import Sweep
 from workloads import prompt_tokens
@@ -59,6 +64,8 @@ def test_exact_runs_prove_their_zeros_and_approximate_ones_show_their_distance(t
     fidelity = figures["fidelity"]
     assert (fidelity["kl_max"] < 1e-6) is exact
     assert fidelity["n_tokens"] == 10
+    assert fidelity["within_rounding"] is (True if exact else None)
+    assert fidelity["reference"] == HF_CACHE and "error" not in figures
     if mode == "baseline":
         assert fidelity["attention_mass_recall"] is fidelity["page_recall"] is None
     else:
@@ -133,6 +140,60 @@ def test_an_approximate_run_has_its_fidelity_measured_unless_it_is_turned_off():
     assert spec_of("reactive", TINY, None, on_miss="skip").quality == QualitySpec(32)
     assert spec_of("baseline", TINY, None, cache_implementation="quantized").quality == QualitySpec(32)
     assert spec_of("reactive", TINY, False, **WINDOW).quality is None
+
+
+def test_an_exact_run_that_is_far_from_the_baseline_is_an_error(tiny_llama, monkeypatch):
+    monkeypatch.setitem(quality.ROUNDING_NATS, "float32", -1.0)
+    figures = quality_figures(spec_of("reactive", TINY, {"fidelity_tokens": 4}), tiny_llama)
+    assert figures["fidelity"]["within_rounding"] is False
+    assert figures["error"].startswith("not exact, though it should be: KL ")
+
+
+class NoRoom:
+    def __init__(self, implementation, model):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_where_the_whole_cache_does_not_fit_exact_paging_is_the_reference(tiny_llama, monkeypatch):
+    asked, far = {"fidelity_tokens": 7}, {"context": 75}
+    expected = quality_figures(spec_of("reactive", TINY, asked, **WINDOW, **far), tiny_llama)["fidelity"]
+    monkeypatch.setattr(quality, "_known", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(quality, "HFCache", NoRoom)
+    figures = quality_figures(spec_of("reactive", TINY, asked, **WINDOW, **far), tiny_llama)["fidelity"]
+    assert (expected.pop("reference"), figures.pop("reference")) == (HF_CACHE, EXACT_PAGES)
+    assert figures == pytest.approx(expected, rel=1e-3)
+    whole = quality_figures(spec_of("baseline", TINY, asked, **far), tiny_llama)
+    assert whole["fidelity"] is None and "out of memory" in whole["error"]
+
+
+def test_more_than_can_be_kept_is_refused_with_what_can(tiny_llama, monkeypatch):
+    monkeypatch.setattr(quality, "MOST_READING_BYTES", 4 * tiny_llama.shape.vocab_size * 5)
+    assert (
+        "ask for at most 5" in quality_figures(spec_of("reactive", TINY, {"fidelity_tokens": 8}), tiny_llama)["error"]
+    )
+    assert "error" not in quality_figures(spec_of("reactive", TINY, {"fidelity_tokens": 5}), tiny_llama)
+
+
+def test_prose_is_scored_by_perplexity_beside_the_baselines(smollm2):
+    asked = {"fidelity_tokens": 0, "tasks": [{"name": "prose_perplexity", "n_scored": 12}], "samples": 2}
+    paged = {"context": 200, "page_size": 16}
+    exact, window = (
+        quality_figures(spec_of("reactive", "smollm2-135m", asked, **paged, **settings), smollm2)["tasks"][0]
+        for settings in ({}, WINDOW)
+    )
+    assert (exact["task"], exact["unit"]) == ("prose_perplexity (n_scored=12)", "perplexity")
+    assert exact["discriminates"] is None
+    assert exact["mean"] == pytest.approx(exact["baseline"]["mean"], rel=1e-4)
+    assert window["mean"] != pytest.approx(window["baseline"]["mean"], rel=1e-3)
+    assert window["attended_pages"] < window["pages"] == exact["pages"] == exact["attended_pages"]
+    losses = []
+    for index in range(2):
+        prompt = TASKS.create("prose_perplexity").item(smollm2.tokenizer, 200, 0, index).prompt
+        with torch.no_grad():
+            log_probs = smollm2.model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+        losses += [-log_probs[place - 1, prompt[place]].item() for place in range(200 - 12, 200)]
+    assert exact["mean"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert exact["baseline"]["low"] < exact["baseline"]["mean"] < exact["baseline"]["high"]
 
 
 def test_predictors_over_the_same_pages_share_a_reading_and_runs_that_skip_do_not(tiny_llama, monkeypatch):

@@ -100,7 +100,7 @@ def task(name):
 
 
 def test_every_registered_task_is_tested_here_and_names_itself_as_it_is_registered():
-    assert tuple(TASKS) == NAMES
+    assert tuple(TASKS) == (*NAMES, "prose_perplexity")
     assert all(TASKS.create(name).name == name for name in NAMES)
     assert tuple(name for name in NAMES if TASKS.create(name).has_depth) == WITH_DEPTH
 
@@ -123,6 +123,7 @@ def test_an_item_has_its_length_its_answers_and_no_others(name, n_tokens, seed, 
     assert task.score(", ".join(solve(name, item.text)), item) == 1.0
     assert task.score(" ".join(distractors(name, item.text)), item) == 0.0
     assert item.text.endswith((" is", " are", " are, in this order,"))
+    assert item.n_question == len(tokenizer(question_of(item.text), add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize("n_tokens", [LONG_ENOUGH, 1501])
@@ -133,6 +134,11 @@ def test_a_real_tokenizer_gets_the_same_exact_items(smollm2, name, task, n_token
         assert sorted(solve(name, item.text)) == sorted(item.answers)
         n_answer = len(smollm2.tokenizer(" " + ", ".join(item.answers))["input_ids"])
         assert n_answer < item.max_new_tokens < 2 * n_answer + 10
+
+
+def test_the_question_is_the_last_tokens_of_a_real_prompt(smollm2, task):
+    item = task.item(smollm2.tokenizer, 600, 0, 0)
+    assert smollm2.tokenizer.decode(item.prompt[-item.n_question :]).strip() == question_of(item.text)
 
 
 @pytest.mark.parametrize("name", ["needle_multikey", "kv_retrieval", "variable_tracking", "frequent_words"])
@@ -409,3 +415,27 @@ def test_a_task_of_ones_own_that_does_not_say_whether_it_has_depth_is_refused(tm
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="'own_task:Mine' lacks has_depth"):
         TASKS.create("own_task:Mine")
+
+
+# --- prose ------------------------------------------------------------------------------------------------------
+
+
+def test_prose_is_a_text_of_that_length_another_for_each_item_and_seed(smollm2):
+    task = TASKS.create({"name": "prose_perplexity", "n_scored": 20})
+    made = [task.item(smollm2.tokenizer, 300, seed, index) for seed in (0, 1) for index in range(3)]
+    assert all(len(item.prompt) == 300 and item.n_question == 21 for item in made)
+    assert len({tuple(item.prompt) for item in made}) == 6
+    assert made[1] == task.item(smollm2.tokenizer, 300, 0, 1)
+    assert all(len(item.text.split()) > 150 for item in made)
+
+
+def test_prose_that_cannot_be_scored_is_refused():
+    task = TASKS.create("prose_perplexity")
+    with pytest.raises(ValueError, match="does not fit in 65 tokens: this item needs 66"):
+        task.item(WORDS, 65, 0, 0)
+    with pytest.raises(ValueError, match="has no depth"):
+        task.item(WORDS, 650, 0, 0, 0.5)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        task.item(None, 650, 0, 0)
+    with pytest.raises(ValueError, match="n_scored is 0"):
+        TASKS.create({"name": "prose_perplexity", "n_scored": 0})
