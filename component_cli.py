@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from cache_settings import is_exact
-from component_tables import figures_table
+from component_tables import figures_table, quality_words
 from experiments import MODE_CLASSES, Experiment, load_experiment, override
 from generation import HFCache, generate, made_prompt
 from host_pages import DiskTierFailed
@@ -32,6 +32,9 @@ from metrics import RunResult
 from models import LoadedModel, ModelUnavailable, load_model
 from output_files import Drawing, check_writable, drawings_of
 from planning import fit_positions
+from quality import needs_quality, quality_figures
+from quality_frame import task_scores
+from quality_tables import tasks_table
 from run_specs import RunSpec, expand
 from utils import is_out_of_memory, write_json
 from variant_runs import EachPart
@@ -64,6 +67,7 @@ def component_parser(module: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--no-quality", action="store_true", help="leave out what an approximation costs in answers")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results there as JSON")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     return parser
@@ -90,6 +94,8 @@ def experiment_from(start: Experiment, arguments: argparse.Namespace, **more: An
     given = {key: getattr(arguments, flag) for flag, key in FLAG_KEYS.items() if getattr(arguments, flag) is not None}
     if arguments.context_length is not None:
         given["context_lengths"] = [arguments.context_length]
+    if arguments.no_quality:
+        given["quality"] = False
     return override(start, **given, **{key: value for key, value in more.items() if value is not None})
 
 
@@ -238,8 +244,9 @@ def _demonstrate(
     start = starting_experiment(arguments, mode)
     specs = expand([_paged_experiment(start, arguments, **{drawing.needs: True for drawing in drawings})])
     model = load_for(specs[0])
-    measure = BesideHF(model, run)
-    results = [measure(fitted_spec(spec, model)) for spec in specs]
+    measure, specs = BesideHF(model, run), [fitted_spec(spec, model) for spec in specs]
+    results = [measure(spec) for spec in specs]
+    measure_quality(specs, results, model)
     show_and_write(results, arguments.output)
     for drawing, place in drawings.items():
         if len(results) > 1:
@@ -261,9 +268,13 @@ def _compare(comparison: SideBySide, mode: str, run: Callable[..., RunResult], a
     console = Console(highlight=False, markup=False)
     results: list[RunResult] = []
     fitted = [fitted_spec(spec, model) for spec in specs]
-    for _, repetitions in groupby(fitted, key=lambda spec: spec.context_length):
-        by_variant = variants.measure(list(repetitions), measure)
+    for _, group in groupby(fitted, key=lambda spec: spec.context_length):
+        repetitions = list(group)
+        by_variant = variants.measure(repetitions, measure)
         console.print(variants_table(comparison, by_variant, undecided, variants.left_out))
+        measure_quality(repetitions, by_variant[variants.chosen], model)
+        if words := quality_words(by_variant[variants.chosen][0]):
+            console.print(f"{variants.chosen}: {words}\n")
         results += [result for runs in by_variant.values() for result in runs]
     if arguments.output is not None:
         write_json(arguments.output, [result.to_dict() for result in results])
@@ -295,11 +306,22 @@ def _reference_tokens(spec: RunSpec, model: LoadedModel, prompt: TokenRows) -> T
     return generate(plain, model, HFCache("dynamic", model), prompt, spec.max_new_tokens).tokens
 
 
+def measure_quality(specs: Sequence[RunSpec], results: Sequence[RunResult], model: LoadedModel) -> None:
+    """Add to each result what its run costs in answers, if that was asked for; after all that is timed."""
+    for spec, result in zip(specs, results, strict=True):
+        if needs_quality(spec):
+            log.info("measuring quality at %d tokens of context", spec.context_length)
+            result.quality |= quality_figures(spec, model)
+
+
 def show_and_write(results: Sequence[RunResult], output: Path | None) -> None:
     """Print the results, repetitions of one context together; and write them if asked, several as a list."""
     console = Console(highlight=False, markup=False)
     for _, repetitions in groupby(results, key=lambda result: result.context["tokens"]):
         show_repetitions(list(repetitions), console)
+    scores = task_scores([result.to_dict() for result in results])
+    if len(scores):
+        console.print(tasks_table(scores).to_rich())
     if output is not None:
         blocks = [result.to_dict() for result in results]
         write_json(output, blocks[0] if len(blocks) == 1 else blocks)

@@ -50,6 +50,11 @@ def summary(values: Sequence[Any]) -> str | None:
 
 FIGURES = (
     "tokens equal to HF's",
+    "KL divergence from HF's cache, nats",
+    "same likeliest token as HF's, %",
+    "perplexity, with HF's cache",
+    "attention mass recall, %",
+    "quality not measured",
     "time to first token, ms",
     "time per output token, ms",
     "- selecting pages, ms per token",
@@ -98,6 +103,7 @@ def figures_of(result: RunResult) -> tuple[Any, ...]:
     paging = result.spec["paging"] or {}
     return (
         _as_hf(result.quality),
+        *_fidelity(result.quality),
         timing["ttft_ms"],
         timing["tpot_ms"],
         ms_per_token(result, "select_ms"),
@@ -149,6 +155,37 @@ def _as_hf(quality: Mapping[str, Any]) -> str | None:
     if matches is None or matches:
         return matches and "yes"
     return "NO" if quality["exact"] else f"no: first differs at token {quality['first_divergent_token']} (approximate)"
+
+
+def _fidelity(quality: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """How far what the model says is from what it says with transformers' cache, with 95 % confidence; and what went
+    wrong in measuring it."""
+    fidelity, error = quality.get("fidelity"), quality.get("error")
+    if fidelity is None:
+        return None, None, None, None, error
+    mass = as_percent(fidelity["attention_mass_recall"])
+    perplexities = (fidelity["perplexity"], fidelity["baseline_perplexity"])
+    return (
+        f"{_interval([fidelity[f'kl_{name}'] for name in ('mean', 'low', 'high')], '.2g')}, n = {fidelity['n_tokens']}",
+        _interval([as_percent(fidelity[name]) for name in ("top1_agreement", "top1_low", "top1_high")], ".1f"),
+        None if None in perplexities else "{:.2f}, {:.2f}".format(*perplexities),
+        None if mass is None else f"{mass:.1f}",
+        error,
+    )
+
+
+def _interval(figures: Sequence[float | None], form: str) -> str:
+    """`0.12 [0.05-0.2]`; of a mean without limits, the mean."""
+    mean, low, high = (None if figure is None else format(figure, form) for figure in figures)
+    return str(mean) if low is None or high is None else f"{mean} [{low}-{high}]"
+
+
+def quality_words(result: RunResult) -> str | None:
+    """What an approximation costs in answers, in a line; None where that was not measured."""
+    divergence, same, *_, error = _fidelity(result.quality)
+    if divergence is None:
+        return error and f"quality not measured: {error}"
+    return f"KL divergence from HF's cache {divergence} nats, same likeliest token {same} %"
 
 
 def selection_text(paging: Mapping[str, Any]) -> str | None:

@@ -23,6 +23,7 @@ from component_cli import (
     fitted_spec,
     guarded,
     load_for,
+    measure_quality,
     padded_prompts,
     show_and_write,
 )
@@ -31,6 +32,7 @@ from max_context import Attempt, find_max_context
 from metrics import SCHEMA_VERSION, RunResult
 from models import LoadedModel
 from planning import fit_positions
+from quality import needs_quality
 from run_specs import RunSpec
 from utils import environment, write_json
 from workloads import token_sha256
@@ -73,7 +75,9 @@ def _main(arguments: Namespace) -> int:
     if arguments.prompts:
         results = _continue(specs, model, arguments.prompts)
     else:
-        results = [run(fitted_spec(spec, model), model) for spec in specs]
+        specs = [fitted_spec(spec, model) for spec in specs]
+        results = [run(spec, model) for spec in specs]
+        measure_quality(specs, results, model)
     show_and_write(results, arguments.output)
     return 0
 
@@ -97,7 +101,10 @@ def _continue(specs: Sequence[RunSpec], model: LoadedModel, prompts: Sequence[st
                 f"the longest prompt has {length} tokens and the model {model.shape.max_positions} positions; with"
                 f" {spec.max_new_tokens} new tokens it may have {fitted.context_length}"
             )
-        results.append(run(spec, model, prompt=rows, attention_mask=mask))
+        result = run(spec, model, prompt=rows, attention_mask=mask)
+        if needs_quality(spec):
+            result.quality["error"] = "it is measured on made prompts; use --context-length instead of --prompts"
+        results.append(result)
     return results
 
 

@@ -30,12 +30,15 @@ from result_frame import (
 if TYPE_CHECKING:
     import pandas as pd
 
+LEAST_NATS = 1e-6  # less is what rounding alone can make, and as good as 0
+
 Block = Mapping[str, Any]
 Reader = Callable[[Any, str], Any]
 
 # Column -> where its value stands in the block of a task, how it is read, and its dtype.
 _OF_TASK: dict[str, tuple[str, Reader, str]] = {
     "task": ("task", text_at, "string"),
+    "unit": ("unit", text_at, "string"),
     "tokens": ("tokens", count_at, "Int64"),
     "n": ("n", count_at, "Int64"),
     "score": ("mean", number_at, "Float64"),
@@ -45,6 +48,8 @@ _OF_TASK: dict[str, tuple[str, Reader, str]] = {
     "baseline_low": ("baseline.low", number_at, "Float64"),
     "baseline_high": ("baseline.high", number_at, "Float64"),
     "discriminates": ("discriminates", flag_at, "boolean"),
+    "attended_pages": ("attended_pages", number_at, "Float64"),
+    "pages": ("pages", number_at, "Float64"),
 }
 _OF_ITEM: dict[str, tuple[str, Reader, str]] = {
     "depth": ("depth", number_at, "Float64"),
@@ -56,15 +61,20 @@ _OF_ITEM: dict[str, tuple[str, Reader, str]] = {
 def task_scores(results: Iterable[Result]) -> pd.DataFrame:
     """A row for each successful run and each task at each length that it was asked, baseline first.
 
-    The columns are `strategy`, `context_tokens` (of the timed run), `task`, `tokens` (of the task's prompts), `n`
-    items, `score` (their mean, 0 to 1) between `low` and `high` (95 % confidence), the same of the baseline on the same
-    items, `discriminates` (False where the baseline fails too, so that the task tells nothing of a cache) and `exact`.
+    The columns are `strategy`, `run_id`, `model`, `workload` and `context_tokens` (of the timed run), `task`, its
+    `unit` (`share`, 0 to 1, or `perplexity`, of which less is better), `tokens` (of the task's prompts), `n` items,
+    `score` (their mean) between `low` and `high` (95 % confidence), the same of the baseline on the same items,
+    `discriminates` (False where the baseline fails too, so that the task tells nothing of a cache; NA of a perplexity),
+    `attended_pages` of `pages` (means over the decode steps of questions and answers) and `exact`.
     """
     import pandas as pd
 
     rows = _asked(results)
     columns = {
         "strategy": pd.array([label for label, _, _ in rows], dtype="string"),
+        "run_id": pd.array([text_at(result, "run_id") for _, result, _ in rows], dtype="string"),
+        "model": pd.array([text_at(result, "spec.model_name") for _, result, _ in rows], dtype="string"),
+        "workload": pd.array([workload(result) for _, result, _ in rows], dtype="string"),
         "context_tokens": pd.array([context_tokens(result) for _, result, _ in rows], dtype="Int64"),
         **_columns([task for _, _, task in rows], _OF_TASK),
         "exact": pd.array([flag_at(result, "quality.exact") for _, result, _ in rows], dtype="boolean"),
@@ -75,13 +85,13 @@ def task_scores(results: Iterable[Result]) -> pd.DataFrame:
 def task_items(results: Iterable[Result]) -> pd.DataFrame:
     """A row for each item of each task of `task_scores`, with its `depth` in the prompt, 0 (start) to 1 (end).
 
-    The other columns are `strategy`, `run_id`, `model`, `workload`, `task`, `tokens` and `discriminates`, which the
-    items of a task share, and `score` and `baseline_score`, 0 to 1.
+    The other columns are `strategy`, `run_id`, `model`, `workload`, `task`, `unit`, `tokens` and `discriminates`, which
+    the items of a task share, and `score` and `baseline_score`.
     """
     import pandas as pd
 
     rows = [(*asked, item) for asked in _asked(results) for item in _mappings(asked[-1].get("items"))]
-    of_items = ("task", "tokens", "discriminates")
+    of_items = ("task", "unit", "tokens", "discriminates")
     columns = {
         "strategy": pd.array([label for label, _, _, _ in rows], dtype="string"),
         "run_id": pd.array([text_at(result, "run_id") for _, result, _, _ in rows], dtype="string"),

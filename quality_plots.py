@@ -1,7 +1,8 @@
 """Quality as figures: what each strategy gives for what it costs, and where in a prompt its answers get lost.
 
-* `pareto_figure`: divergence from the baseline against latency and against device memory. Of each context the points
-  that no other beats are joined by a line, the *Pareto front*: whoever wants less of one must take more of the other.
+* `pareto_figure`: divergence from the baseline, and the score of tasks, against latency and against device memory. Of
+  each context the points that no other beats are joined by a line, the *Pareto front*: whoever wants less of one must
+  take more of the other.
 * `task_figure`: the mean score of a task by the depth at which the answer lies and the length of the prompt, a panel
   for each strategy beside the baseline's, all in one scale of colours.
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from comparison import baselines, mean
 from plots import FAINT, HATCHES, INK, clear_frame, legend_below, strategy_styles, titled_grid, to_png
-from quality_frame import approximate, task_items
+from quality_frame import LEAST_NATS, approximate, task_items, task_scores
 from result_frame import CELL, Result, describe_setting, successful, to_frame, unique
 
 if TYPE_CHECKING:
@@ -34,10 +35,13 @@ COSTS = {  # column of the frame -> title, unit
     "tpot_ms": ("Quality against decode latency", "ms per token (lower is better)"),
     "device_kv_mb": ("Quality against KV cache on the device", "MiB, staging included (lower is better)"),
 }
+LOSSES = {  # measure of a `Point` -> what it is called
+    "kl_nats": "KL divergence from the baseline, nats (lower is better)",
+    "lost_share": "answers lost, % of the tasks' score (lower is better)",
+}
 MARKERS = ("o", "s", "^", "D", "v", "p", "h", "d")  # one for each context length
 FILLS = dict(zip(HATCHES, ("full", "none", "left", "bottom"), strict=True))  # where bars have a hatch
 LINES = ("-", "--", ":", "-.")
-LEAST_NATS = 1e-6  # less is what rounding alone can make, and as good as 0: on a scale and in comparing points
 WIDE = 8.0  # the largest cost over the least, from which on costs are drawn in decades
 MOST_NUMBERED_CELLS, MOST_COLUMNS = 80, 4
 
@@ -50,7 +54,8 @@ def save_quality_plots(results: Sequence[Result], folder: str | Path) -> list[Pa
     plots, frame, items = Path(folder) / "plots", to_frame(results), placed_items(task_items(results))
     for old in (plots / "quality_pareto.png", *plots.glob("task_*.png")):
         old.unlink(missing_ok=True)
-    figures = {"quality_pareto": pareto_figure(frame)} if quality_points(frame) else {}
+    scores = task_scores(results)
+    figures = {"quality_pareto": pareto_figure(frame, scores)} if quality_points(frame, scores) else {}
     for task in unique(items, "task"):
         figures[_file_name(task, figures)] = task_figure(frame, items, task)
     for name, figure in figures.items():
@@ -75,23 +80,49 @@ def _file_name(task: str, taken: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One strategy in one cell: its mean costs, by column of `COSTS`, and its divergence from the baseline in nats."""
+    """One strategy in one cell: its mean costs, by column of `COSTS`, its divergence from the baseline in nats, and
+    what is missing from the full score of tasks, 0 to 1, mean over those that tell something of a cache."""
 
     strategy: str
     workload: str
     context_tokens: int
     costs: dict[str, float | None]
-    kl_nats: float
+    kl_nats: float | None
+    lost_share: float | None
+
+    @property
+    def losses(self) -> dict[str, float | None]:
+        return {measure: getattr(self, measure) for measure in LOSSES}
 
 
-def quality_points(frame: pd.DataFrame) -> list[Point]:
-    """A point for each strategy in each cell whose divergence was measured; costs are means over repetitions."""
-    points = []
+def quality_points(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> list[Point]:
+    """A point for each strategy in each cell whose quality was measured; costs are means over repetitions.
+
+    Args:
+        scores: of `quality_frame.task_scores`, from the same results.
+    """
+    points, lost = [], {} if scores is None else _lost_shares(scores)
     for (strategy, workload, context), runs in successful(frame).groupby(["strategy", *CELL], sort=False):
         costs, divergence = {column: mean(runs, column) for column in COSTS}, mean(runs, "kl_mean")
-        if divergence is not None and any(cost is not None for cost in costs.values()):
-            points.append(Point(strategy, workload, int(context), costs, divergence))
+        point = Point(strategy, workload, int(context), costs, divergence, lost.get((strategy, workload, context)))
+        if any(loss is not None for loss in point.losses.values()) and any(cost is not None for cost in costs.values()):
+            points.append(point)
     return points
+
+
+def _lost_shares(scores: pd.DataFrame) -> dict[tuple, float]:
+    """By strategy and cell, 1 less the mean score over tasks and lengths; over such as all of the cell were asked."""
+    telling = scores[scores["unit"].ne("perplexity").fillna(True) & scores["discriminates"].ne(False).fillna(True)]
+    telling = telling.dropna(subset=["score"])
+    lost = {}
+    for (workload, context), cell in telling.groupby(CELL, sort=False):
+        asked = [set(zip(own["task"], own["tokens"], strict=True)) for _, own in cell.groupby("strategy")]
+        common = set.intersection(*asked)
+        for strategy, own in cell.groupby("strategy", sort=False):
+            of_all = [score for task, n, score in own[["task", "tokens", "score"]].values if (task, n) in common]
+            if of_all:
+                lost[strategy, workload, context] = 1.0 - sum(of_all) / len(of_all)
+    return lost
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -107,22 +138,29 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def pareto_figure(frame: pd.DataFrame) -> Figure:
-    """A panel for each cost that was measured.
+def pareto_figure(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> Figure:
+    """A panel for each cost that was measured, and each measure of what it costs in answers; arguments as of
+    `quality_points`.
 
     Raises:
-        ValueError: no run's divergence was measured, so there is nothing to draw.
+        ValueError: no run's quality was measured, so there is nothing to draw.
     """
-    points = quality_points(frame)
-    costs = [column for column in COSTS if any(point.costs[column] is not None for point in points)]
-    if not costs:
+    points = quality_points(frame, scores)
+    panels = [
+        (column, measure)
+        for measure in LOSSES
+        for column in COSTS
+        if any(point.costs[column] is not None and point.losses[measure] is not None for point in points)
+    ]
+    if not panels:
         raise ValueError("no run whose quality was measured")
+    n_columns = len({column for column, _ in panels})
     styles = strategy_styles(unique(frame, "strategy"))
     contexts = sorted({point.context_tokens for point in points})
     sentences = [describe_setting(frame), _reading(frame, points)]
-    figure, axes = titled_grid("Quality against cost", sentences, len(costs), len(costs), (6.2, 4.6))
-    for axis, column in zip(axes, costs, strict=True):
-        _draw_points(axis, column, points, contexts, styles)
+    figure, axes = titled_grid("Quality against cost", sentences, len(panels), n_columns, (6.2, 4.4))
+    for axis, (column, measure) in zip(axes, panels, strict=True):
+        _draw_points(axis, column, measure, points, contexts, styles)
     _draw_legend(figure, points, contexts, styles)
     return figure
 
@@ -135,27 +173,38 @@ def _reading(frame: pd.DataFrame, points: Sequence[Point]) -> str:
 
 
 def _draw_points(
-    axis: Axes, column: str, points: Sequence[Point], contexts: Sequence[int], styles: dict[str, dict[str, str]]
+    axis: Axes,
+    column: str,
+    measure: str,
+    points: Sequence[Point],
+    contexts: Sequence[int],
+    styles: dict[str, dict[str, str]],
 ) -> None:
-    drawn = [point for point in points if point.costs[column] is not None]
+    drawn = [point for point in points if point.costs[column] is not None and point.losses[measure] is not None]
+    least = LEAST_NATS if measure == "kl_nats" else 0.0
     for place, context in enumerate(contexts):
         at_context = [point for point in drawn if point.context_tokens == context]
         for workload in dict.fromkeys(point.workload for point in at_context):
             cell = [point for point in at_context if point.workload == workload]
-            ranks = [(point.costs[column], point.kl_nats if point.kl_nats >= LEAST_NATS else 0.0) for point in cell]
-            front = [(point.costs[column], point.kl_nats) for point in (cell[index] for index in pareto_front(ranks))]
+            places = [(point.costs[column], point.losses[measure]) for point in cell]
+            ranks = [(cost, loss if loss >= least else 0.0) for cost, loss in places]
+            front = [places[index] for index in pareto_front(ranks)]
             line = {"color": "#777777", "linewidth": 1.1, "linestyle": LINES[place % len(LINES)], "zorder": 2}
             axis.plot(*zip(*front, strict=True), **line, gid="front")
         for point in at_context:
             marker = _marker(styles[point.strategy], place)
-            axis.plot(point.costs[column], point.kl_nats, **marker, zorder=3, clip_on=False, gid="point")
+            axis.plot(point.costs[column], point.losses[measure], **marker, zorder=3, clip_on=False, gid="point")
     title, unit = COSTS[column]
     axis.set_title(title, loc="left", size=12, weight="bold", color=INK)
     axis.set_xlabel(unit, size=9.5, color=INK)
-    axis.set_ylabel("KL divergence from the baseline, nats (lower is better)", size=9.5, color=INK)
+    axis.set_ylabel(LOSSES[measure], size=9.5, color=INK)
     clear_frame(axis)
     axis.grid(axis="x", color=FAINT, linewidth=0.7, zorder=0)
-    _scale_divergence(axis, [point.kl_nats for point in drawn])
+    losses = [point.losses[measure] for point in drawn]
+    if measure == "kl_nats":
+        _scale_divergence(axis, losses)
+    else:
+        _scale_share(axis, losses)
     _scale_cost(axis, [point.costs[column] for point in drawn])
 
 
@@ -199,6 +248,17 @@ def _scale_divergence(axis: Axes, divergences_nats: Sequence[float]) -> None:
     axis.yaxis.set_major_locator(FixedLocator([0.0, *(10.0**decade for decade in decades)]))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
+    axis.axhline(0.0, color=INK, linewidth=0.8, zorder=1)
+
+
+def _scale_share(axis: Axes, shares: Sequence[float]) -> None:
+    """Percent from 0 on; a little below, to show the whole of a marker there."""
+    from matplotlib.ticker import MultipleLocator, PercentFormatter
+
+    top = max(0.1, 1.15 * max(shares))
+    axis.set_ylim(-0.04 * top, top)
+    axis.yaxis.set_major_locator(MultipleLocator(0.02 if top <= 0.1 else 0.1 if top <= 0.6 else 0.2))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     axis.axhline(0.0, color=INK, linewidth=0.8, zorder=1)
 
 

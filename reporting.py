@@ -215,7 +215,9 @@ def summarise(
                 "link": "; ".join(unique(runs, "link")) or None,
                 **_averages(runs),
                 "by_context": _by_context(runs),
-                "task_scores": records(scores[scores["strategy"] == strategy].drop(columns=["strategy", "exact"])),
+                "task_scores": records(
+                    scores[scores["strategy"] == strategy].drop(columns=["strategy", "run_id", "workload", "exact"])
+                ),
             }
             for strategy, runs in frame.groupby("strategy", sort=False)
         },

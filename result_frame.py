@@ -108,6 +108,7 @@ _TEXT = {
     "link_kind": "cache.link.kind",
     "error": "error",
     "quality_error": "quality.error",
+    "quality_reference": "quality.fidelity.reference",
 }
 _COUNTS = {
     "repetition": "spec.repetition",
@@ -127,6 +128,7 @@ _COUNTS = {
     "prefetch_declined": "prefetch.declined",
     "pollution": "prefetch.pollution",
     "fidelity_tokens": "quality.fidelity.n_tokens",
+    "first_divergent_token": "quality.first_divergent_token",
 }
 _NUMBERS = {
     "ttft_ms": "timing.ttft_ms",
@@ -155,12 +157,18 @@ _NUMBERS = {
     "timeliness": "prefetch.timeliness",
     "misprediction_cost_percent": "prefetch.misprediction_cost_percent",
     "kl_mean": "quality.fidelity.kl_mean",
+    "kl_low": "quality.fidelity.kl_low",
+    "kl_high": "quality.fidelity.kl_high",
     "kl_max": "quality.fidelity.kl_max",
     "top1_agreement": "quality.fidelity.top1_agreement",
+    "top1_low": "quality.fidelity.top1_low",
+    "top1_high": "quality.fidelity.top1_high",
     "perplexity": "quality.fidelity.perplexity",
     "baseline_perplexity": "quality.fidelity.baseline_perplexity",
     "attention_mass_recall": "quality.fidelity.attention_mass_recall",
     "page_recall": "quality.fidelity.page_recall",
+    "fidelity_attended_pages": "quality.fidelity.attended_pages",
+    "fidelity_pages": "quality.fidelity.pages",
     "gpu_memory_mb": "memory.gpu_memory_mb",
     "gpu_peak_mb": "memory.gpu_peak_mb",
     "gpu_delta_mb": "memory.gpu_delta_mb",

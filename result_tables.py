@@ -23,7 +23,7 @@ from comparison import (
     paired_std,
     repetition_std,
 )
-from quality_tables import quality_table, tasks_table
+from quality_tables import quality_table, reading_table, tasks_table
 from result_frame import describe_setting, failed, successful, unique, values
 from text_tables import DASH, Table, decimals, link_note, number_text
 
@@ -44,14 +44,14 @@ def markdown_tables(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> 
 
 
 def tables(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> list[Table]:
-    """All tables that have something to say: strategies, quality, tasks, contexts, memory, paging, prediction,
+    """All tables that have something to say: strategies, quality, reading, tasks, contexts, memory, paging, prediction,
     failures.
 
     Args:
         frame: of `to_frame`.
         scores: of `quality_frame.task_scores`, from the same results; None leaves out the table of tasks.
     """
-    made = [strategy_table(frame), quality_table(frame)]
+    made = [strategy_table(frame), quality_table(frame), reading_table(frame)]
     made += [] if scores is None else [tasks_table(scores)]
     made += [make(frame) for make in (context_table, memory_table, paging_table, prediction_table, failure_table)]
     return [table for table in made if table.rows]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DASH = "\N{EM DASH}"
-TEXT_HEADINGS = ("strategy", "task", "note", "status", "error")  # the others head numbers
+TEXT_HEADINGS = ("model", "strategy", "task", "note", "status", "error")  # the others head numbers
 
 
 @dataclasses.dataclass(frozen=True)

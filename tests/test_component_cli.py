@@ -27,7 +27,8 @@ PROJECT = Path(kv_paging.__file__).parent
 CONFIGS = sorted((PROJECT / "configs").glob("*.json"))
 COMPONENTS = {"baseline": inference_baseline, "reactive": kv_paging, "predictive": predictive_prefetch}
 PAGED = ["reactive", "predictive"]
-LLAMA = ["--model", "random:configs/models/tiny-llama.json", "--device", "cpu"]
+JUDGED = ["--model", "random:configs/models/tiny-llama.json", "--device", "cpu"]
+LLAMA = [*JUDGED, "--no-quality"]
 GPT2 = ["--model", "random:configs/models/tiny-gpt2.json", "--device", "cpu"]
 SMALL = [*LLAMA, "--context-length", "100", "--max-new-tokens", "6"]
 BLOCKS = RunResult(spec={}, run_id="").to_dict().keys()
@@ -240,6 +241,50 @@ def test_other_tokens_from_an_approximation_are_said_to_be_that(capsys, monkeypa
     monkeypatch.setattr(component_cli, "_reference_tokens", lambda *arguments: [[-1] * 6])
     assert component("reactive", *SMALL, "--selector", "quest", "--attention-pages", 2) == 0
     assert "no: first differs at token 0" in shown(capsys.readouterr().out)["tokens equal to HF's"]
+
+
+# --- what an approximation costs in answers -----------------------------------------------------------------
+
+APPROXIMATE = ["--context-length", 100, "--max-new-tokens", 3, "--page-size", 8, "--selector", "quest"]
+
+
+@pytest.mark.parametrize("mode", PAGED)
+def test_no_approximation_is_shown_without_what_it_costs(mode, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    assert component(mode, *JUDGED, *APPROXIMATE, "--output", output) == 0
+    figures, fidelity = shown(capsys.readouterr().out), json.loads(output.read_text())["quality"]["fidelity"]
+    assert figures["KL divergence from HF's cache, nats"].startswith(f"{fidelity['kl_mean']:.2g} [")
+    assert figures["KL divergence from HF's cache, nats"].endswith("n = 32")
+    assert figures["attention mass recall, %"] == f"{100 * fidelity['attention_mass_recall']:.1f}"
+    assert component(mode, *JUDGED, *APPROXIMATE, "--no-quality", "--output", output) == 0
+    assert "fidelity" not in json.loads(output.read_text())["quality"]
+    assert not any("KL" in name for name in shown(capsys.readouterr().out))
+
+
+def test_a_quality_block_of_a_config_is_measured_and_its_tasks_shown(tmp_path, capsys, smollm2, monkeypatch):
+    monkeypatch.setattr(component_cli, "load_model", lambda **options: smollm2)
+    config = tmp_path / "config.json"
+    asked = {"fidelity_tokens": 4, "tasks": ["passkey"], "samples": 2, "lengths": [150]}
+    keys = {"context_lengths": [60], "max_new_tokens": 3, "num_runs": 1, "page_size": 16, "quality": asked}
+    config.write_text(json.dumps({"model_name": "smollm2-135m", **keys}))
+    assert component("reactive", "--config", config) == 0
+    printed = capsys.readouterr().out
+    assert shown(printed)["KL divergence from HF's cache, nats"].endswith("n = 4")  # exact, and asked for
+    assert "100 [34-100]" in printed  # Wilson's of 2 in 2
+
+
+def test_in_a_comparison_the_part_that_was_chosen_is_judged(capsys):
+    flags = ["--context-length", 100, "--max-new-tokens", 3, "--page-size", 8, "--compare-policies"]
+    assert component("reactive", *JUDGED, *flags) == 0
+    assert "lru: KL divergence from HF's cache" in capsys.readouterr().out
+
+
+def test_texts_of_ones_own_say_that_their_quality_is_not_measured(tmp_path, capsys, smollm2, monkeypatch):
+    monkeypatch.setattr(component_cli, "load_model", lambda **options: smollm2)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_name": "smollm2-135m", "cache_implementation": "quantized", "num_runs": 1}))
+    assert component("baseline", "--config", config, "--prompts", "One, two,", "--max-new-tokens", 3) == 0
+    assert "on made prompts" in shown(capsys.readouterr().out)["quality not measured"]
 
 
 # --- policies side by side ----------------------------------------------------------------------------------

@@ -148,9 +148,8 @@ def test_an_answer_is_that_of_plain_greedy_generation_wherever_the_question_begi
             said = answer(tiny, make(), prompt, n_question, 9, (), 16)
             assert said.tokens == expected
     assert len(said.pages) == 13 + 8  # the last word is not fed back
-    assert (
-        answer(tiny, paged(tiny), prompt, 1, 9, {expected[4]}, None).tokens == expected[: expected.index(expected[4])]
-    )
+    until_there = expected[: expected.index(expected[4])]
+    assert answer(tiny, paged(tiny), prompt, 1, 9, {expected[4]}, None).tokens == until_there
 
 
 def test_a_question_is_put_to_the_selector_and_not_read_by_prefill(tiny, text):

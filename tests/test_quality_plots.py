@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from result_fixtures import MIB, approximately, make_failure, make_result, make_task, with_fidelity, with_tasks
 
 from plots import strategy_styles, to_png
-from quality_frame import task_items
+from quality_frame import task_items, task_scores
 from quality_plots import (
     LEAST_NATS,
     heat_maps,
@@ -120,6 +120,30 @@ def test_an_approximation_that_was_not_measured_is_named_above_the_figure():
     words = pareto_figure(to_frame([*SWEEP, unmeasured])).texts[1].get_text().replace("\n", " ")
     assert "quality not measured, and so not here: nobody knows." in words
     assert "not measured" not in pareto_figure(to_frame(SWEEP)).texts[1].get_text()
+
+
+def scored(result, scores, baseline=(1.0, 1.0), **task):
+    return with_tasks(result, make_task(list(scores), list(baseline), **task))
+
+
+def test_lost_answers_have_panels_of_their_own_and_count_only_tasks_that_tell_something():
+    quest = scored(SWEEP[2], (1.0, 0.5))
+    quest["quality"]["tasks"].append(make_task([0.0, 0.0], [0.0, 1.0 / 3], task="too hard"))
+    quest["quality"]["tasks"].append({**make_task([9.0, 9.0], [8.0, 8.0], task="prose"), "unit": "perplexity"})
+    results = [scored(SWEEP[0], (1.0, 1.0)), quest, scored(SWEEP[4], (1.0, 0.5))]
+    points = quality_points(to_frame(results), task_scores(results))
+    assert {point.strategy: point.lost_share for point in points} == {"baseline": 0.0, "quest": 0.25, "worse": 0.25}
+    axes = pareto_figure(to_frame(results), task_scores(results)).axes
+    assert len(axes) == 4
+    assert lines_of(axes[2], "front") == [[(60.0, 0.25), (100.0, 0.0)]]
+    assert "answers lost" in axes[2].get_ylabel() and "KL" in axes[0].get_ylabel()
+
+
+def test_strategies_are_compared_over_tasks_that_all_of_them_were_asked():
+    results = [scored(SWEEP[0], (1.0, 1.0)), scored(SWEEP[2], (1.0, 0.5))]
+    results[1]["quality"]["tasks"].append(make_task([0.0, 0.0], [1.0, 1.0], tokens=2000))
+    lost = {point.strategy: point.lost_share for point in quality_points(to_frame(results), task_scores(results))}
+    assert lost == {"baseline": 0.0, "quest": 0.25}
 
 
 def test_a_cost_that_nobody_measured_has_no_panel():
@@ -241,7 +265,7 @@ def test_files_are_written_for_what_there_is_and_those_of_an_earlier_sweep_remov
         [],
         [make_result(), approximately(make_result("reactive"))],
         [make_failure(SWEEP[2])],
-        [with_tasks(make_result(), make_task([1.0, 0.0], [1.0, 1.0], depths=[None, None]))],
+        [with_tasks(make_result(), make_task([0.0, 0.0], [0.0, 0.0], depths=[None, None]))],
         [with_tasks(make_result(), {"task": "passkey", "tokens": 1000, "items": "torn"})],
     ],
 )

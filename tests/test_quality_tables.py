@@ -19,7 +19,7 @@ from rich.console import Console
 import run_plots
 from plots import comparison_figure
 from quality_frame import describe_quality, nats_text, quality_note, task_items, task_scores
-from quality_tables import NO_TELLING, quality_table, tasks_table
+from quality_tables import NO_TELLING, quality_table, reading_table, tasks_table
 from result_frame import to_frame
 from result_tables import markdown_tables, print_tables, tables
 
@@ -32,11 +32,16 @@ def quest(context=500, repetition=0, **figures):
 
 MEASURED = {
     "kl_mean": 0.0123,
+    "kl_low": 0.0045,
+    "kl_high": 0.0211,
     "kl_max": 0.5,
     "top1_agreement": 0.96875,  # 62 of 64
+    "top1_low": 0.893,
     "perplexity": 12.5,
     "attention_mass_recall": 0.875,
     "page_recall": 0.75,
+    "attended_pages": 4.0,
+    "pages": 15.5,
 }
 
 
@@ -47,39 +52,61 @@ def row_of(table, strategy, context="500"):
 
 def test_a_measured_approximation_has_its_fidelity_beside_latency_and_memory():
     results = [with_fidelity(make_result()), quest(**MEASURED), quest(repetition=1)]
-    table = quality_table(to_frame(results))
+    results[1]["quality"]["first_divergent_token"] = 7
+    frame = to_frame(results)
+    table = quality_table(frame)
     assert row_of(table, "quest") == {
         "context\ntokens": "500",
         "strategy": "quest",
         "ms per\ntoken": "60.5",  # of both repetitions, 60 and 61; fidelity of the one that has it
         "device\nKV MiB": "40.0",
-        "KL\nnats": "0.012",
-        "top-1\n%": "96.9",
+        "KL, nats\n[low-high]": "0.012 [0.0045-0.021]",
+        "top-1 %\n[low-high]": "96.9 [89-100]",
+        "first\nother\ntoken": "7",
+    }
+    assert row_of(reading_table(frame), "quest") == {
+        "context\ntokens": "500",
+        "strategy": "quest",
+        "pages read\nof there": "4.0 / 15.5",
+        "attention\nmass %": "87.5",
+        "page\nrecall %": "75.0",
         "perplexity\n/ baseline": "12.50/12.30",
-        "attn.\nmass\n%": "87.5",
-        "page\nrecall\n%": "75.0",
     }
     assert "Approximate: quest; the others are exact." in table.caption
     assert "over 64 tokens" in table.caption
 
 
 def test_an_exact_run_shows_the_zeros_that_were_measured_of_it():
-    exact = row_of(quality_table(to_frame([make_result(), with_fidelity(make_result("reactive"))])), "reactive")
-    assert (exact["KL\nnats"], exact["top-1\n%"], exact["page\nrecall\n%"]) == ("0", "100.0", "100.0")
+    frame = to_frame([make_result(), with_fidelity(make_result("reactive"))])
+    exact = row_of(quality_table(frame), "reactive")
+    assert (exact["KL, nats\n[low-high]"], exact["top-1 %\n[low-high]"]) == ("0", "100.0 [94-100]")
+    assert reading_table(frame).rows == []  # all was read, and nothing is to be told of it
+
+
+def test_a_divergence_of_rounding_has_no_interval():
+    frame = to_frame([with_fidelity(make_result("reactive"), kl_mean=3.4e-8, kl_low=1e-8, kl_high=9e-8)])
+    assert row_of(quality_table(frame), "reactive")["KL, nats\n[low-high]"] == "3.4e-8"
+
+
+def test_another_reference_than_transformers_own_cache_is_named():
+    stood_in = with_fidelity(make_result("reactive"), reference="exact paging: the whole cache does not fit")
+    caption = quality_table(to_frame([stood_in])).caption
+    assert "The baseline of some is exact paging: the whole cache does not fit." in caption
+    assert "baseline of some" not in quality_table(to_frame([with_fidelity(make_result("reactive"))])).caption
 
 
 def test_an_approximation_that_nobody_measured_is_listed_as_not_measured():
     table = quality_table(to_frame([make_result(), make_result("predictive"), quest()]))
-    assert row_of(table, "quest")["KL\nnats"] == "not\nmeasured"
-    assert row_of(table, "predictive")["KL\nnats"] == "—"  # exact, and not measured either
+    assert row_of(table, "quest")["KL, nats\n[low-high]"] == "not measured"
+    assert row_of(table, "predictive")["KL, nats\n[low-high]"] == "—"  # exact, and not measured either
     assert all(row_of(table, "quest")[heading] == "—" for heading in table.headings[5:])
     assert "| 500 | quest | 60.0 | 40.0 | not measured |" in table.to_markdown()
 
 
 def test_an_approximation_measured_at_one_context_only_is_not_measured_at_the_other():
     table = quality_table(to_frame([quest(**MEASURED), quest(1000)]))
-    assert row_of(table, "quest", "500")["KL\nnats"] == "0.012"
-    assert row_of(table, "quest", "1000")["KL\nnats"] == "not\nmeasured"
+    assert row_of(table, "quest", "500")["KL, nats\n[low-high]"] == "0.012 [0.0045-0.021]"
+    assert row_of(table, "quest", "1000")["KL, nats\n[low-high]"] == "not measured"
     assert "others" not in table.caption
 
 
@@ -94,7 +121,7 @@ def test_what_went_wrong_in_measuring_is_said():
 def test_a_block_of_fidelity_that_holds_nothing_counts_as_not_measured(none):
     result = quest()
     result["quality"]["fidelity"] = none
-    assert row_of(quality_table(to_frame([result])), "quest")["KL\nnats"] == "not\nmeasured"
+    assert row_of(quality_table(to_frame([result])), "quest")["KL, nats\n[low-high]"] == "not measured"
 
 
 def test_exact_runs_without_quality_need_no_table_of_it():
@@ -160,7 +187,7 @@ def test_a_score_that_is_missing_is_a_dash_and_never_zero():
     torn = make_task([1.0, 1.0], [1.0, 1.0])
     torn.update(mean=None, n="many", baseline=None, discriminates=None)
     (row,) = tasks_table(task_scores([with_tasks(make_result(), torn)])).rows
-    assert row == ("baseline", "passkey", "1000", "—", "—", "—", "")
+    assert row == ("baseline", "passkey", "1000", "—", "—", "—", "4/16", "")
 
 
 def test_a_failed_run_has_no_scores():
@@ -170,13 +197,30 @@ def test_a_failed_run_has_no_scores():
 
 def test_the_tasks_table_has_the_interval_of_each_score_and_the_baselines_beside_it():
     table = tasks_table(task_scores([with_passkey(quest(), (1.0, 0.0, 1.0, 1.0))]))
-    assert table.rows == [("quest", "passkey", "1000", "4", "75 [50-100]", "100 [75-100]", "")]
+    assert table.rows == [("quest", "passkey", "1000", "4", "75 [50-100]", "100 [75-100]", "4/16", "")]
 
 
 def test_a_task_that_the_baseline_fails_is_said_to_tell_nothing():
     table = tasks_table(task_scores([with_passkey(quest(), (1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0))]))
     assert table.rows[0][-1] == NO_TELLING
     assert "counts neither for nor against anybody" in table.caption
+
+
+def test_a_perplexity_is_no_percentage_and_says_so():
+    task = make_task([11.5, 12.5], [10.0, 11.0], "prose_perplexity")
+    task |= {"unit": "perplexity", "low": 11.5, "high": 112.0, "discriminates": None}
+    table = tasks_table(task_scores([with_tasks(quest(), task)]))
+    assert table.rows[0][4:] == ("ppl 12.0 [11.5-112]", "ppl 10.5 [10.2-1.00]", "4/16", "")
+    assert "less is better" in table.caption
+    plain = tasks_table(task_scores([with_passkey(quest(), (1.0, 0.0, 1.0, 1.0))]))
+    assert "less is better" not in plain.caption
+
+
+def test_of_two_models_each_line_names_its_own():
+    one, other = (with_passkey(make_result(), (1.0, 0.0, 1.0, 1.0)) for _ in range(2))
+    other["spec"]["model_name"] = "bigger"
+    table = tasks_table(task_scores([one, other]))
+    assert table.headings[0] == "model" and [row[0] for row in table.rows] == ["tiny", "bigger"]
 
 
 def test_strategies_asked_the_same_stand_together_and_the_same_line_stands_once():
@@ -205,7 +249,12 @@ def test_all_tables_hold_the_quality_and_the_tasks_in_both_forms():
     for text in (pipe.getvalue(), markdown_tables(frame, scores)):
         assert "12.50/12.30" in text
         assert "75 [50-100]" in text
-    assert [table.title.split()[0] for table in tables(frame, scores)][:3] == ["Strategies:", "Quality", "Tasks:"]
+    assert [table.title.split()[0] for table in tables(frame, scores)][:4] == [
+        "Strategies:",
+        "Quality",
+        "What",
+        "Tasks:",
+    ]
     assert "no, approx." in markdown_tables(frame, scores)
 
 
@@ -215,11 +264,12 @@ def test_80_columns_break_no_name_of_a_mode_and_cut_no_number():
         for context in (1000, 128_000):
             tasks = [make_task([0.0, 1.0, 0.0], [0.0, 1.0, 0.0], "multi_key", tokens) for tokens in (128_000,)]
             result = with_tasks(approximately(make_result(mode, context, tpot_ms=1234.5)), *tasks)
-            figures = {"kl_mean": 1.234e-5, "perplexity": 1234.0, "baseline_perplexity": 1230.0}
+            figures = {"kl_mean": 1.234e-5, "kl_low": 2e-6, "kl_high": 1.2e-5, "attended_pages": 15.5}
+            figures |= {"perplexity": 1234.0, "baseline_perplexity": 1230.0}
             results.append(with_fidelity(result, **figures) if context > 1000 else result)
             result["memory"]["device_kv_bytes"] = 123_456 * 2**20
     frame, scores = to_frame(results), task_scores(results)
-    for table in (quality_table(frame), tasks_table(scores)):
+    for table in (quality_table(frame), reading_table(frame), tasks_table(scores)):
         pipe = io.StringIO()
         Console(width=80, file=pipe).print(table.to_rich())
         text = pipe.getvalue()

@@ -185,8 +185,10 @@ def test_scores_of_tasks_stand_with_their_strategy():
     assert strategies["baseline"]["task_scores"] == []
     assert strategies["reactive"]["task_scores"] == [
         {
+            "model": "tiny",
             "context_tokens": 500,
             "task": "passkey",
+            "unit": "share",
             "tokens": 1000,
             "n": 2,
             "score": 0.5,
@@ -196,6 +198,8 @@ def test_scores_of_tasks_stand_with_their_strategy():
             "baseline_low": 0.75,
             "baseline_high": 1.0,
             "discriminates": True,
+            "attended_pages": 4.0,
+            "pages": 16.0,
         }
     ]
 
