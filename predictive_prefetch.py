@@ -204,7 +204,7 @@ class PrefetchingKVCache(PagedKVCache):
 
     def rows_selected(self, rows: Sequence[int]) -> None:
         """Let each row's predictor follow it."""
-        if list(rows) == list(range(len(self._predictors))):
+        if list(rows) == list(range(len(rows))) and all(lane < len(rows) for lane in self._predictors):
             return
         if not PREDICTORS.asks_for(self.prefetching.predictor, "needs_recording"):  # which changed its rows alike
             old, self._predictors = self._predictors, {}
