@@ -29,6 +29,18 @@ _HEADER = """\
 # Every key there is stands here once. A key behind '#' shows its default: remove the '# ' to change it.
 # An entry takes from 'defaults' what its mode knows; what it sets itself wins.
 """
+_SWEEP = """\
+# An entry can stand for many. 'sweep' gives keys lists of values, and each combination is an experiment of
+# its own; 'exclude' leaves out the combinations that match one of its mappings. This would be five
+# experiments, the first named 'reactive max_gpu_pages=4 policy=lru':
+#
+#     - mode: reactive
+#       sweep: {max_gpu_pages: [4, 8, 16], policy: [lru, mru]}
+#       exclude: [{max_gpu_pages: 16, policy: mru}]
+#
+# A key inside another is swept as 'link.bandwidth_gb_s'. In 'defaults' a sweep is shared by the entries whose
+# mode knows its keys.
+"""
 _CHOSEN = {
     "model_name": "smollm2-135m",
     "context_lengths": [500, 1000, 2000],
@@ -59,7 +71,7 @@ _COMMENT_COLUMN = 36
 
 def commented_yaml() -> str:
     """The default list of experiments as YAML, with every key explained; `load_experiments` accepts it."""
-    return "\n".join([_HEADER, "defaults:", *_defaults(), *_experiments()]) + "\n"
+    return "\n".join([_HEADER, "defaults:", *_defaults(), _SWEEP, *_experiments()]) + "\n"
 
 
 def _defaults() -> list[str]:

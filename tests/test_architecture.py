@@ -72,6 +72,7 @@ LAYERS = (
     "converted_models",
     "model_shapes",
     "experiments",
+    "parameter_sweeps",
     "default_config",
     "config_messages",
     "config_schema",
