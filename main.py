@@ -85,8 +85,9 @@ def command(arguments: argparse.Namespace) -> int:
         return WRONG_CONFIG
     if arguments.plan:
         from plan_table import print_plan
+        from run_estimates import estimate
 
-        print_plan(planned, _stdout())
+        print_plan(planned, _stdout(), estimate(planned, arguments.output))
         return OK
     return run(planned, arguments)
 

@@ -62,6 +62,7 @@ LAYERS = (
     "result_frame",
     "progress",
     "plan_table",
+    "run_estimates",
     "planning",
     "quality_tasks",
     "task_texts",
