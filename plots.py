@@ -39,7 +39,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (1, 1)
 FILLS = ("full", "none", "left", "bottom")  # of markers, where bars have a hatch
 FORMATS = ("png", "pdf", "svg")
 MOST_LABELLED_BARS, MOST_UPRIGHT_LABELS = 40, 10
-MOST_LINES = 4  # of a sentence above a figure: of a sweep's many strategies one could fill a page
+MOST_LINES = 6  # of a sentence above a figure: of a sweep's many strategies one could fill a page
 LEGEND_ROW, ROWS_ALLOWED_FOR = 0.235, 2  # inches; rows of a legend that a figure has room for as it is made
 
 Cell = tuple[str, int]  # a strategy at a context length
@@ -214,7 +214,11 @@ def titled_grid(
 
     rows = -(-n_panels // columns)
     width = max(9.0, panel_inches[0] * columns)
-    lines = {"width": int(width * 11), "max_lines": MOST_LINES, "placeholder": " \N{HORIZONTAL ELLIPSIS}"}
+    lines = {
+        "width": int(width * 11),
+        "max_lines": MOST_LINES,
+        "placeholder": " \N{HORIZONTAL ELLIPSIS} and more, see the tables",
+    }
     words = [line for sentence in sentences for line in textwrap.wrap(sentence, **lines)]
     header = 0.75 + 0.22 * len(words)
     height = panel_inches[1] * rows + header + 0.5

@@ -67,7 +67,12 @@ class Answer:
 
 
 def attended_share(result: Result) -> float | None:
-    """The pages that a decode step attends to, in percent of the context's; of selecting layers, if some are dense."""
+    """The pages that a decode step attends to, in percent of the context's; of selecting layers, if some are dense.
+
+    None of a cache that then leaves out some of these, as they are not there: how many differs from step to step.
+    """
+    if dig(result, "spec.paging.on_miss") == "skip":
+        return None
     return _percent(count_at(result, "cache.attended_pages"), count_at(result, "cache.n_pages"))
 
 
@@ -91,7 +96,9 @@ def attended_figure(frame: pd.DataFrame, results: Sequence[Result]) -> Figure | 
 def resident_figure(frame: pd.DataFrame, results: Sequence[Result]) -> Figure | None:
     """Quality against the share of pages that is resident, of caches that do without the others."""
     found = answers(results, resident_share, ("max_gpu_pages",))
-    return _figure(frame, found, "Quality against the budget, missing pages skipped", "budget, % of the context's")
+    return _figure(
+        frame, found, "Quality against the budget, missing pages skipped", "budget, % of the context's pages"
+    )
 
 
 def answers(

@@ -236,6 +236,8 @@ def test_the_budget_decides_about_answers_only_where_missing_pages_are_skipped()
     found = quality_budget.answers(skipping, quality_budget.resident_share, ("max_gpu_pages",))
     assert {answer.share for answer in found} == {10.0, 100.0}
     assert quality_budget.resident_figure(to_frame(skipping), skipping) is not None
+    assert quality_budget.attended_share(waiting[0]) == 100.0
+    assert quality_budget.attended_share(skipping[0]) is None  # it leaves out some of those that it chose
 
 
 # --- the list ---------------------------------------------------------------------------------------------------
@@ -310,6 +312,13 @@ def test_every_legend_and_every_sentence_stays_inside_its_figure():
         assert min(panel.height for panel in panels) > 100, plot.name
         lowest_word = min((text.get_window_extent().y0 for text in figure.texts), default=height)
         assert max(panel.y1 for panel in panels) < lowest_word + 1, plot.name
+
+
+def test_a_sentence_on_more_strategies_than_fit_ends_with_where_to_find_the_others():
+    figure, _ = plots.titled_grid("Title", [", ".join(f"strategy {n} (KL 0.1 nats)" for n in range(200))], 1, 1)
+    (_, words) = figure.texts
+    assert len(words.get_text().split("\n")) == plots.MOST_LINES
+    assert words.get_text().endswith("and more, see the tables")
 
 
 # --- formats ----------------------------------------------------------------------------------------------------
