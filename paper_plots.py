@@ -3,8 +3,9 @@
 * `latency_figure`, `speedup_figure`, `floor_figure`: time per token, speed against the baseline and distance to the
   floor, by context; medians with their 95 % bootstrap interval;
 * `stage_figure`: where the time of a decode step goes, stacked;
-* `layer_rate_figure`: the hit rate of each layer;
-* `budget_figures` are in quality_budget.py, and `plot_list.PLOTS` names all.
+* `layer_rate_figure`: the hit rate of each layer.
+
+Quality against what is read or held is in quality_budget.py, and `plot_list.PLOTS` names all plots.
 
 A speed-up is taken over pairs: repetition 3 of a strategy against repetition 3 of the baseline, which the machine made
 under like conditions. Whatever was not measured is not drawn, and of a figure that has nothing to draw the maker gives
