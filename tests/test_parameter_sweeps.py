@@ -410,7 +410,9 @@ def test_the_sweep_that_the_default_file_explains_makes_what_it_says(load):
 
 
 def test_the_sweep_in_the_readme_is_as_many_experiments_as_it_says(load):
-    (example,) = re.findall(r"```yaml\n(experiments:.*?sweep.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    (example,) = re.findall(
+        r"```yaml\n(experiments:(?:(?!```).)*?sweep.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL
+    )
     found = load(example)
     assert len(found) == 11
     assert found[1].name == "reactive max_gpu_pages=4 policy=lru link.bandwidth_gb_s=1"
