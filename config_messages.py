@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from config_schema import ALL_KEYS, MODE_CLASSES, Experiment, LinkSpeed
+from config_schema import ALL_KEYS, MODE_CLASSES, QUALITY_KEYS, Experiment, LinkSpeed
 from registry import UnknownName, nearest
 from yaml_source import KeyPath, described
 
@@ -111,13 +111,13 @@ def _sentence(cls: type[Experiment], details: Any) -> str:
     if kind == "missing":
         return f"{key!r} is missing"
     if kind == "extra_forbidden" and len(loc) > 1:
-        return unknown_key(loc[-1], LinkSpeed.model_fields)
+        return unknown_key(loc[-1], QUALITY_KEYS if loc[0] == "quality" else LinkSpeed.model_fields)
     if kind == "extra_forbidden":
-        return _useless_key(loc[0], cls)
+        return useless_key(loc[0], cls)
     return f"{key!r}: {details['msg']}"
 
 
-def unknown_key(key: str, known: Iterable[str] = ALL_KEYS) -> str:
+def unknown_key(key: str, known: Iterable[str] = (*ALL_KEYS, "sweep", "exclude")) -> str:
     """A key that nothing knows, with the one that was probably meant."""
     return f"unknown key {key!r}{nearest(key, list(known))}"
 
@@ -135,7 +135,7 @@ def either(words: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _useless_key(key: str, cls: type[Experiment]) -> str:
+def useless_key(key: str, cls: type[Experiment]) -> str:
     """Why a key may not stand in an entry: it belongs to other modes, or to none."""
     owners = [mode for mode, other in MODE_CLASSES.items() if key in other.model_fields]
     if not owners:

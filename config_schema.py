@@ -357,4 +357,17 @@ MODE_CLASSES: dict[str, type[Experiment]] = {
     "reactive": ReactiveExperiment,
     "predictive": PredictiveExperiment,
 }
+
+
+def _names_a_part(cls: type[Experiment], key: str) -> bool:
+    return any(isinstance(extra, Registry) for extra in cls.model_fields[key].metadata)
+
+
 ALL_KEYS = list(dict.fromkeys(key for cls in MODE_CLASSES.values() for key in cls.model_fields))
+PART_KEYS = [
+    key for key in ALL_KEYS if any(key in c.model_fields and _names_a_part(c, key) for c in MODE_CLASSES.values())
+]
+"""Keys that name a policy, selector or predictor, alone or in a mapping with its parameters."""
+QUALITY_KEYS = list(_Quality.model_fields)
+MAPPING_KEYS = ["link", "quality"]
+"""Other keys whose value may be a mapping."""

@@ -29,6 +29,18 @@ _HEADER = """\
 # Every key there is stands here once. A key behind '#' shows its default: remove the '# ' to change it.
 # An entry takes from 'defaults' what its mode knows; what it sets itself wins.
 """
+_SWEEP = """\
+# An entry can stand for many. 'sweep' gives keys lists of values, and each combination is an experiment of
+# its own; 'exclude' leaves out the combinations that match one of its mappings. This would be five
+# experiments, the first named 'reactive max_gpu_pages=4 policy=lru':
+#
+#     - mode: reactive
+#       sweep: {max_gpu_pages: [4, 8, 16], policy: [lru, mru]}
+#       exclude: [{max_gpu_pages: 16, policy: mru}]
+#
+# A key inside another is swept as 'link.bandwidth_gb_s'. In 'defaults' a sweep is shared by the entries whose
+# mode knows its keys.
+"""
 _CHOSEN = {
     "model_name": "smollm2-135m",
     "context_lengths": [500, 1000, 2000],
@@ -38,7 +50,7 @@ _CHOSEN = {
     "max_gpu_pages": 6,
     "staging_pages": 6,
     "link": {"bandwidth_gb_s": 1.0, "latency_us": 10.0},
-    "quality": {"fidelity_tokens": 32, "tasks": ["passkey"], "samples": 3},
+    "quality": {"fidelity_tokens": 32},
 }
 _REASONS = {
     "link": "Slowed to 1 GB/s (PCIe 3.0 x16 moves 15.75) so that waiting for pages is visible beside the computing of"
@@ -59,7 +71,7 @@ _COMMENT_COLUMN = 36
 
 def commented_yaml() -> str:
     """The default list of experiments as YAML, with every key explained; `load_experiments` accepts it."""
-    return "\n".join([_HEADER, "defaults:", *_defaults(), *_experiments()]) + "\n"
+    return "\n".join([_HEADER, "defaults:", *_defaults(), _SWEEP, *_experiments()]) + "\n"
 
 
 def _defaults() -> list[str]:
@@ -102,6 +114,7 @@ def _experiments() -> list[str]:
         "    max_gpu_pages: 24",
         "    staging_pages: 24",
         "    prefetch_k: 8",
+        "    quality: {fidelity_tokens: 32, tasks: [needle], samples: 5}",
     ]
 
 

@@ -40,11 +40,28 @@ def seed(text: str) -> int:
     return number
 
 
+def plot_formats(text: str) -> list[str]:
+    """Formats of plots, with commas between."""
+    from plots import parse_formats
+
+    try:
+        return parse_formats(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="F", help="experiment list (YAML)")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="results folder (logs)")
     parser.add_argument("--no-plots", action="store_true", help="write no plots")
+    parser.add_argument(
+        "--plot-format",
+        type=plot_formats,
+        action="extend",
+        metavar="F",
+        help="png, pdf, svg; several with commas (png)",
+    )
     parser.add_argument("--plan", action="store_true", help="print the runs, their sizes and floors; run nothing")
     parser.add_argument("--list", action="store_true", help="print modes, policies, selectors, predictors")
     parser.add_argument("--seed", type=seed, metavar="N", help="replaces the seed of every experiment")
@@ -85,8 +102,9 @@ def command(arguments: argparse.Namespace) -> int:
         return WRONG_CONFIG
     if arguments.plan:
         from plan_table import print_plan
+        from run_estimates import estimate
 
-        print_plan(planned, _stdout())
+        print_plan(planned, _stdout(), estimate(planned, arguments.output))
         return OK
     return run(planned, arguments)
 
@@ -173,11 +191,9 @@ def summarise(
     frame = to_frame(blocks)
     print_tables(frame, _stdout(), task_scores(blocks))
     if not arguments.no_plots:
-        from plots import save_plots
-        from quality_plots import save_quality_plots
+        from plot_list import save_all_plots
 
-        save_plots(frame, arguments.output)
-        save_quality_plots(blocks, arguments.output)
+        save_all_plots(blocks, arguments.output, arguments.plot_format or ["png"])
     print(f"results: {arguments.output}, summary: {arguments.output / 'experiment_summary.json'}")
 
 

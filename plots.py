@@ -7,8 +7,9 @@ strategy ran but has no such figure stands an em dash, where it failed a cross. 
 measured is left out.
 
 Figures are made without pyplot, so nothing global changes and no window is opened: `to_png` renders with Agg
-wherever it runs. Colours are those of Okabe and Ito, which people with colour blindness can tell apart
-(https://jfly.uni-koeln.de/color/).
+wherever it runs, `rendered` also as PDF and SVG. Colours are those of Okabe and Ito, which people with colour blindness
+can tell apart (https://jfly.uni-koeln.de/color/). `strategy_styles` and `line_styles` are the one place that gives a
+strategy its look.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import dataclasses
 import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comparison import baselines, compare
@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 COLOURS = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 HATCHES = ("", "///", "...", "xxx")  # from the ninth strategy on, colours return with a hatch
 INK, FAINT = "#222222", "#DDDDDD"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")  # with the lines, what tells strategies apart in grey print
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (1, 1)), (0, (3, 1)))
+FILLS = ("full", "none", "left", "bottom")  # of markers, where bars have a hatch
+FORMATS = ("png", "pdf", "svg")
 MOST_LABELLED_BARS, MOST_UPRIGHT_LABELS = 40, 10
+MOST_LINES = 6  # of a sentence above a figure: of a sweep's many strategies one could fill a page
+LEGEND_ROW, ROWS_ALLOWED_FOR = 0.235, 2  # inches; rows of a legend that a figure has room for as it is made
 
 Cell = tuple[str, int]  # a strategy at a context length
 
@@ -65,27 +71,42 @@ class Panel:
     signed: bool = False
 
 
-def save_plots(frame: pd.DataFrame, folder: str | Path) -> Path | None:
-    """Draw `plots/kv_cache_comparison.png` in the folder, and return its path.
-
-    Where no run succeeded there is nothing to draw: None, and a plot that an earlier sweep left there is removed,
-    since it would pass for this one's.
-    """
-    path = Path(folder) / "plots" / "kv_cache_comparison.png"
-    if not any(panel.bars for panel in _panels(frame)):
-        path.unlink(missing_ok=True)
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(to_png(comparison_figure(frame)))
-    return path
-
-
 def to_png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
+
+
+def rendered(figure: Figure, file_format: str) -> bytes:
+    """A figure as a file in one of `FORMATS`; the same figure gives the same bytes, for neither date nor chance is in
+    them. Letters in a PDF are TrueType, which journals ask for; in an SVG they are outlines, so that no font is missed.
+    """
+    if file_format == "png":
+        return to_png(figure)
+    import matplotlib
+
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}[file_format]
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "kv-prefetch", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=file_format, metadata=undated)
+    return buffer.getvalue()
+
+
+def parse_formats(text: str) -> list[str]:
+    """`png,svg` as a list of formats.
+
+    Raises:
+        ValueError: a word is no format, or there is none.
+    """
+    words = [word.strip().lower() for word in text.split(",")]
+    for word in words:
+        if word not in FORMATS:
+            raise ValueError(
+                f"unknown plot format {word!r}; write {', '.join(FORMATS)}, or several with commas between"
+            )
+    return list(dict.fromkeys(words))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -119,6 +140,25 @@ def strategy_styles(strategies: Sequence[str]) -> dict[str, dict[str, str]]:
         name: {"color": COLOURS[index % len(COLOURS)], "hatch": HATCHES[index // len(COLOURS) % len(HATCHES)]}
         for index, name in enumerate(strategies)
     }
+
+
+def line_styles(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The same colours for lines, each with its own marker and dashes, so that a print in grey can be read."""
+    styles = {}
+    for index, (name, style) in enumerate(strategy_styles(strategies).items()):
+        of_colour, turn = index % len(COLOURS), index // len(COLOURS) % len(FILLS)
+        styles[name] = {
+            "color": style["color"],
+            "marker": MARKERS[of_colour],
+            "linestyle": DASHES[(of_colour + turn) % len(DASHES)],
+            "fillstyle": FILLS[turn],
+            "markerfacecoloralt": "white",
+            "markeredgecolor": INK if turn == 0 else style["color"],
+            "markeredgewidth": 0.7 if turn == 0 else 1.6,
+            "markersize": 7.5,
+            "linewidth": 1.7,
+        }
+    return styles
 
 
 def _panels(frame: pd.DataFrame) -> list[Panel]:
@@ -174,7 +214,12 @@ def titled_grid(
 
     rows = -(-n_panels // columns)
     width = max(9.0, panel_inches[0] * columns)
-    words = [line for sentence in sentences for line in textwrap.wrap(sentence, int(width * 11))]
+    lines = {
+        "width": int(width * 11),
+        "max_lines": MOST_LINES,
+        "placeholder": " \N{HORIZONTAL ELLIPSIS} and more, see the tables",
+    }
+    words = [line for sentence in sentences for line in textwrap.wrap(sentence, **lines)]
     header = 0.75 + 0.22 * len(words)
     height = panel_inches[1] * rows + header + 0.5
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120, facecolor="white")
@@ -314,8 +359,22 @@ def _draw_legend(
     legend_below(figure, entries, names)
 
 
-def legend_below(figure: Figure, entries: Sequence[Any], names: Sequence[str]) -> None:
-    """A legend under the panels, in as many columns as the longest name leaves room for."""
-    columns = max(1, int(figure.get_figwidth() * 11 / (max(map(len, names)) + 7)))
-    place = {"loc": "outside lower center", "ncols": min(len(names), columns)}
-    figure.legend(entries, names, **place, frameon=False, fontsize=10)
+def legend_below(figure: Figure, entries: Sequence[Any], names: Sequence[str], **look: Any) -> None:
+    """A legend under the panels, in as many columns as the longest name leaves room for. The figure grows with it."""
+    most = max(1, int(figure.get_figwidth() * 11 / (max(map(len, names)) + 7)))
+    rows = -(-len(names) // most)
+    columns = -(-len(names) // rows)
+    _grow(figure, LEGEND_ROW * max(0, rows - ROWS_ALLOWED_FOR))
+    figure.legend(entries, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=10, **look)
+
+
+def _grow(figure: Figure, inches: float) -> None:
+    """Make a figure higher at its foot: what stands above the panels stays as far from the top as it was."""
+    old, engine = figure.get_figheight(), figure.get_layout_engine()
+    new = old + inches
+    for text in figure.texts:
+        x, y = text.get_position()
+        text.set_position((x, 1 - (1 - y) * old / new))
+    left, bottom, width, height = engine.get()["rect"]
+    engine.set(rect=(left, bottom, width, 1 - bottom - (1 - bottom - height) * old / new))
+    figure.set_figheight(new)

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import textwrap
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from comparison import baselines, mean
-from plots import FAINT, HATCHES, INK, clear_frame, legend_below, strategy_styles, titled_grid, to_png
-from quality_frame import LEAST_NATS, approximate, task_items, task_scores
-from result_frame import CELL, Result, describe_setting, successful, to_frame, unique
+from plots import FAINT, HATCHES, INK, clear_frame, legend_below, strategy_styles, titled_grid
+from quality_frame import LEAST_NATS, approximate
+from result_frame import CELL, describe_setting, successful, unique
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,33 +42,6 @@ FILLS = dict(zip(HATCHES, ("full", "none", "left", "bottom"), strict=True))  # w
 LINES = ("-", "--", ":", "-.")
 WIDE = 8.0  # the largest cost over the least, from which on costs are drawn in decades
 MOST_NUMBERED_CELLS, MOST_COLUMNS = 80, 4
-
-
-def save_quality_plots(results: Sequence[Result], folder: str | Path) -> list[Path]:
-    """Draw `plots/quality_pareto.png` and `plots/task_<task>.png` in the folder, as far as there is something to draw.
-
-    Files of these names that an earlier sweep left there are removed, since they would pass for this one's.
-    """
-    plots, frame, items = Path(folder) / "plots", to_frame(results), placed_items(task_items(results))
-    for old in (plots / "quality_pareto.png", *plots.glob("task_*.png")):
-        old.unlink(missing_ok=True)
-    scores = task_scores(results)
-    figures = {"quality_pareto": pareto_figure(frame, scores)} if quality_points(frame, scores) else {}
-    for task in unique(items, "task"):
-        figures[_file_name(task, figures)] = task_figure(frame, items, task)
-    for name, figure in figures.items():
-        plots.mkdir(parents=True, exist_ok=True)
-        (plots / f"{name}.png").write_bytes(to_png(figure))
-    return [plots / f"{name}.png" for name in figures]
-
-
-def _file_name(task: str, taken: Iterable[str]) -> str:
-    """`task_passkey`; of a task of one's own, `module:Class`, with what no file name may hold replaced."""
-    name = plain = f"task_{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}"
-    number = 2
-    while name in taken:
-        name, number = f"{plain}_{number}", number + 1
-    return name
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from plots import COLOURS, INK, clear_frame, legend_below, strategy_styles
+from plots import COLOURS, INK, clear_frame, legend_below, line_styles
 from quality_frame import describe_quality
 from result_frame import Result, context_tokens, describe_link, dig, mode_rank, strategy_labels
 
@@ -32,13 +32,13 @@ def longest_runs(results: Sequence[Result]) -> dict[str, Result]:
 
 def latency_trace_figure(results: Sequence[Result]) -> Figure:
     """The time of every token after the first, one line per strategy, at its longest context."""
-    styles, chosen = _styles_of(results), longest_runs(results)
+    looks, chosen = _looks_of(results), longest_runs(results)
     title = f"Time of each token{_link_words(chosen.values())}"
     figure, axis = _single_axis(title, "token", "ms since the token before")
     for name, run in chosen.items():
         times_ms = dig(run, "timing.itl_ms") or []
-        style = {"color": styles[name]["color"], "linewidth": 1.6}
-        axis.plot(range(2, len(times_ms) + 2), times_ms, **style, label=_label(name, run))
+        look = looks[name] | {"markersize": 5, "markevery": (3 * len(axis.lines) % 10, 10)}
+        axis.plot(range(2, len(times_ms) + 2), times_ms, **look, label=_label(name, run))
     axis.set_ylim(bottom=0)
     _legend_of_axis(figure)
     return figure
@@ -46,15 +46,14 @@ def latency_trace_figure(results: Sequence[Result]) -> Figure:
 
 def layer_figure(results: Sequence[Result]) -> Figure:
     """The decode hit rate of every paged layer, one line per strategy that pages, at its longest context."""
-    styles, chosen = _styles_of(results), longest_runs(results)
+    looks, chosen = _looks_of(results), longest_runs(results)
     figure, axis = _single_axis(f"Hit rate by layer{_link_words(chosen.values())}", "layer", "% of accesses")
     for name, run in chosen.items():
         layers = [layer for layer in dig(run, "cache.by_layer") or [] if layer["accesses"]]
         if layers:
             places = [layer["layer"] for layer in layers]
             rates = [100.0 * layer["hits"] / layer["accesses"] for layer in layers]
-            style = {"color": styles[name]["color"], "marker": "o", "markersize": 4}
-            axis.plot(places, rates, **style, label=_label(name, run))
+            axis.plot(places, rates, **looks[name] | {"markersize": 5}, label=_label(name, run))
     axis.set_ylim(0, 105)
     _legend_of_axis(figure)
     return figure
@@ -66,9 +65,9 @@ def _label(name: str, run: Result) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _styles_of(results: Sequence[Result]) -> dict[str, dict[str, str]]:
-    """The styles that `comparison_figure` gives these strategies, also those without a successful run."""
-    return strategy_styles(list(dict.fromkeys(strategy_labels(sorted(results, key=mode_rank)))))
+def _looks_of(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """The colours that `comparison_figure` gives these strategies, also those without a successful run, as lines."""
+    return line_styles(list(dict.fromkeys(strategy_labels(sorted(results, key=mode_rank)))))
 
 
 def _link_words(runs: Iterable[Result]) -> str:
@@ -119,4 +118,4 @@ def _single_axis(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
 def _legend_of_axis(figure: Figure) -> None:
     entries, names = figure.axes[0].get_legend_handles_labels()
     if names:
-        legend_below(figure, entries, names)
+        legend_below(figure, entries, names, handlelength=3.5)

@@ -226,6 +226,26 @@ def test_verbose_says_more_on_stderr(tmp_path):
     assert "INFO" not in verbose.out
 
 
+def test_plots_are_written_in_every_format_that_is_asked_for(tmp_path):
+    formats = ["--plot-format", "svg", "--plot-format", "pdf,svg"]
+    experiments = [{"mode": "baseline"}]
+    drawn = ran(tmp_path, *formats, experiments=experiments, plots=True, context_lengths=[48], num_runs=1)
+    names = {path.name for path in (drawn.folder / "plots").iterdir()}
+    assert names == {
+        f"{name}.{suffix}"
+        for name in ("kv_cache_comparison", "latency_by_context", "token_times")
+        for suffix in ("svg", "pdf")
+    }
+
+
+def test_an_unknown_plot_format_is_refused_before_anything_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main.main(["--plot-format", "jpg", "--output", str(tmp_path / "results")])
+    assert refused.value.code == 2
+    assert "--plot-format: unknown plot format 'jpg'; write png, pdf, svg" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
 def test_no_plots_writes_no_plots(tmp_path):
     plain = ran(tmp_path, experiments=[{"mode": "baseline"}])
     assert plain.code == 0

@@ -29,8 +29,8 @@ def panel_titles(results):
 
 
 def test_the_plot_is_a_png_large_enough_to_read(tmp_path):
-    path = plots.save_plots(to_frame(make_sweep()), tmp_path)
-    assert path == tmp_path / "plots" / "kv_cache_comparison.png"
+    path = tmp_path / "plot.png"
+    path.write_bytes(plots.to_png(plots.comparison_figure(to_frame(make_sweep()))))
     width, height = png_size(path)
     assert 1200 <= width <= 4000
     assert 600 <= height <= 3000
@@ -69,19 +69,9 @@ def test_a_strategy_keeps_its_colour_from_panel_to_panel_and_from_plot_to_plot()
     assert line.get_color() == colours["reactive"]["color"]
 
 
-def test_where_no_run_succeeded_there_is_no_plot(tmp_path):
-    frame = to_frame([make_failure(make_result())])
-    assert plots.save_plots(frame, tmp_path) is None
-    assert not (tmp_path / "plots").exists()
+def test_where_no_run_succeeded_there_is_no_plot():
     with pytest.raises(ValueError, match="no successful run"):
-        plots.comparison_figure(frame)
-
-
-def test_a_plot_of_an_earlier_sweep_does_not_pass_for_one_in_which_no_run_succeeded(tmp_path):
-    earlier = plots.save_plots(to_frame([make_result()]), tmp_path)
-    assert earlier.exists()
-    assert plots.save_plots(to_frame([make_failure(make_result())]), tmp_path) is None
-    assert not earlier.exists()
+        plots.comparison_figure(to_frame([make_failure(make_result())]))
 
 
 def test_every_figure_of_a_simulated_link_says_so():
@@ -108,9 +98,9 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
     folder = Path(plots.__file__).parent
     write_results(tmp_path, [make_result(), make_result("reactive")])
     probe = (
-        "import sys, plots, result_frame, run_plots;"
+        "import sys, plot_list, plots, result_frame, run_plots;"
         "results, _ = result_frame.load_results(sys.argv[1]);"
-        "plots.save_plots(result_frame.to_frame(results), sys.argv[1]);"
+        "plot_list.save_all_plots(results, sys.argv[1], plots.FORMATS);"
         "plots.to_png(run_plots.layer_figure(results));"
         "print('matplotlib.pyplot' in sys.modules)"
     )

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from result_fixtures import MIB, approximately, make_failure, make_result, make_task, with_fidelity, with_tasks
 
+import plot_list
 from plots import strategy_styles, to_png
 from quality_frame import task_items, task_scores
 from quality_plots import (
@@ -19,7 +20,6 @@ from quality_plots import (
     pareto_front,
     placed_items,
     quality_points,
-    save_quality_plots,
     task_figure,
 )
 from result_frame import to_frame
@@ -248,15 +248,16 @@ def test_all_panels_have_one_scale_of_colours_from_0_to_1():
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def test_files_are_written_for_what_there_is_and_those_of_an_earlier_sweep_removed(tmp_path):
+def drawn(results):
+    """The names of the plots of quality that there is something for."""
+    names = [plot.name for plot, _ in plot_list.drawn(results)]
+    return [name for name in names if name == "quality_pareto" or name.startswith("task_")]
+
+
+def test_what_there_is_is_drawn_under_names_that_files_can_have():
     results = [*SWEEP, run_with(asked(make_result("reactive"), (1.0,) * 4), asked(None, (1.0,) * 4, task="my:Task"))]
-    written = save_quality_plots(results, tmp_path)
-    assert [path.name for path in written] == ["quality_pareto.png", "task_passkey.png", "task_my_Task.png"]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
-    other = tmp_path / "plots" / "kv_cache_comparison.png"
-    other.touch()
-    assert save_quality_plots(results[:1], tmp_path) == written[:1]
-    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [other.name, "quality_pareto.png"]
+    assert drawn(results) == ["quality_pareto", "task_passkey", "task_my_Task"]
+    assert drawn(results[:1]) == ["quality_pareto"]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +270,5 @@ def test_files_are_written_for_what_there_is_and_those_of_an_earlier_sweep_remov
         [with_tasks(make_result(), {"task": "passkey", "tokens": 1000, "items": "torn"})],
     ],
 )
-def test_of_nothing_there_is_no_frame(tmp_path, results):
-    assert save_quality_plots(results, tmp_path) == []
-    assert not (tmp_path / "plots").exists()
+def test_of_nothing_there_is_no_frame(results):
+    assert drawn(results) == []
