@@ -149,7 +149,7 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
     for note in dict.fromkeys(f"{p.spec.model_name}: {note}" for p in planned for note in p.notes):
         logging.getLogger(__name__).warning(note)
     started = time.perf_counter()
-    with watch(len(planned), arguments.quiet) as watcher:
+    with watch([run.spec for run in planned], arguments.quiet, arguments.verbose) as watcher:
         from sweep import Sweep
 
         sweep = Sweep(planned, arguments.output, watcher)
