@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from run_specs import RunSpec
 
 DRAWINGS_PER_SECOND = 4
+SHORTEST_NAME = 12
 
 
 class Silent:
@@ -73,7 +74,7 @@ class Lines(Silent):
     def started(self, spec: RunSpec) -> None:
         self.pace.started(spec)
         if self.verbose:
-            self._say(f"{title_of(spec)} starts{self._eta()}")
+            self._say(f"{spec.label}, {_of_its_runs(spec)} starts{self._eta()}")
 
     def token(self, n_tokens: int) -> None:
         self.pace.token(n_tokens)
@@ -150,7 +151,7 @@ class Bar(Silent):
             figures.append("approximate")
         if hit_rate := self.hit_rates.get((spec.name, spec.requested_context_length)):
             figures.append(f"last {hit_rate}")
-        return f"{title_of(spec)}: {', '.join(figures)}"
+        return _fitted(spec.label, f", {_of_its_runs(spec)}: {', '.join(figures)}", self.progress.console.width)
 
     def eta(self) -> str:
         if self.n_finished == len(self.specs):
@@ -182,8 +183,14 @@ class _TimeLeft(ProgressColumn):
         return Text(self.bar.eta())
 
 
-def title_of(spec: RunSpec) -> str:
-    return f"{spec.label}, {spec.context_length} tokens, run {spec.repetition + 1}"
+def _of_its_runs(spec: RunSpec) -> str:
+    return f"{spec.context_length} tokens, run {spec.repetition + 1}"
+
+
+def _fitted(name: str, rest: str, width: int) -> str:
+    """Name and rest within a width; it is the name that is cut, as far as that helps."""
+    room = max(SHORTEST_NAME, width - len(rest))
+    return (name if len(name) <= room else f"{name[: room - 1]}…") + rest
 
 
 def outcome(result: RunResult) -> str:

@@ -244,7 +244,7 @@ def test_on_a_terminal_the_bar_shows_names_as_they_are_and_never_wraps(monkeypat
     assert "0/2" in lines[0]
     assert lines[0].rstrip().endswith("ETA ? + quality")
     assert lines[1].startswith("[my] run of a strategy")
-    assert lines[1].rstrip().endswith("…")
+    assert lines[1].rstrip().endswith("…, 100 tokens, run 1: token 3 of 11")
     assert "1/2" in screen.getvalue()
 
 
@@ -266,7 +266,7 @@ def test_the_line_under_the_bar_follows_the_run(monkeypatch):
     assert bar.line_of_run() == "reactive, 100 tokens, run 2: prefill, approximate, last hit rate 62 %"
     assert bar.eta() == "ETA 0:02 + quality"
     bar.finished(finished_run(two))
-    assert (bar.line_of_run(), bar.eta()) == ("finishing", "")
+    assert (bar.line_of_run(), bar.eta()) == ("measuring quality", "")
 
 
 def test_log_lines_go_above_the_bar_and_afterwards_where_they_went_before(monkeypatch, logging_restored):
