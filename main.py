@@ -47,6 +47,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-plots", action="store_true", help="write no plots")
     parser.add_argument("--plan", action="store_true", help="print the runs, their sizes and floors; run nothing")
     parser.add_argument("--list", action="store_true", help="print modes, policies, selectors, predictors")
+    parser.add_argument(
+        "--tracker", action="append", default=[], metavar="T", help="also record in tensorboard or mlflow; repeatable"
+    )
     parser.add_argument("--seed", type=seed, metavar="N", help="replaces the seed of every experiment")
     parser.add_argument(
         "--create-config",
@@ -140,7 +143,13 @@ def planned_runs(arguments: argparse.Namespace) -> list[PlannedRun]:
 def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
     """Make the runs, then summarise whatever there is."""
     from progress import watch
+    from trackers import Trackers
 
+    try:
+        trackers = Trackers.named(arguments.tracker, arguments.output)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return WRONG_CONFIG
     try:
         log_to(arguments.output, arguments.verbose)
     except OSError as error:
@@ -152,10 +161,11 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
     with watch([run.spec for run in planned], arguments.quiet, arguments.verbose) as watcher:
         from sweep import Sweep
 
-        sweep = Sweep(planned, arguments.output, watcher)
+        sweep = Sweep(planned, arguments.output, trackers.beside(watcher))
         sweep.run()
     seconds = time.perf_counter() - started
     summarise(sweep.results, seconds, len(planned), sweep.interrupted, arguments)
+    trackers.finish(sweep.results, arguments.output)
     if sweep.interrupted:
         return INTERRUPTED
     whole = all(result.ok and "error" not in (result.quality or {}) for result in sweep.results)
