@@ -151,7 +151,11 @@ class Bar(Silent):
             figures.append("approximate")
         if hit_rate := self.hit_rates.get((spec.name, spec.requested_context_length)):
             figures.append(f"last {hit_rate}")
-        return _fitted(spec.label, f", {_of_its_runs(spec)}: {', '.join(figures)}", self.progress.console.width)
+        width = self.progress.console.width
+        rest = _rest_of_line(spec, figures)
+        if len(figures) > 1 and SHORTEST_NAME + len(rest) > width:  # a figure left out is better than half of one
+            rest = _rest_of_line(spec, figures[:-1])
+        return _fitted(spec.label, rest, width)
 
     def eta(self) -> str:
         if self.n_finished == len(self.specs):
@@ -185,6 +189,10 @@ class _TimeLeft(ProgressColumn):
 
 def _of_its_runs(spec: RunSpec) -> str:
     return f"{spec.context_length} tokens, run {spec.repetition + 1}"
+
+
+def _rest_of_line(spec: RunSpec, figures: Sequence[str]) -> str:
+    return f", {_of_its_runs(spec)}: {', '.join(figures)}"
 
 
 def _fitted(name: str, rest: str, width: int) -> str:

@@ -269,6 +269,22 @@ def test_the_line_under_the_bar_follows_the_run(monkeypatch):
     assert (bar.line_of_run(), bar.eta()) == ("measuring quality", "")
 
 
+def test_where_there_is_no_room_a_figure_is_left_out_rather_than_cut(monkeypatch):
+    (spec,) = specs_of(("reactive", {"name": "a rather long name", "selector": "quest", "attention_pages": 4}))
+    clock = Clock()
+    bar = Bar([spec], progress.Console(file=io.StringIO(), width=80))
+    bar.pace = Pace([spec], clock)
+    bar.hit_rates = {("a rather long name", 100): "hit rate 62 %"}
+    bar.started(spec)
+    bar.token(1)
+    clock.seconds = 0.5
+    bar.token(2)
+    full = ", 100 tokens, run 1: token 2 of 11, 2.0 tokens/s, approximate"
+    assert bar.line_of_run() == "a rather long name" + full
+    bar.progress.console.width = 120
+    assert bar.line_of_run() == f"a rather long name{full}, last hit rate 62 %"
+
+
 def test_log_lines_go_above_the_bar_and_afterwards_where_they_went_before(monkeypatch, logging_restored):
     screen = terminal(monkeypatch, 80)
     handler = logging.StreamHandler()
