@@ -17,7 +17,7 @@ loading of a model does not, and neither does the measuring of quality, whose le
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ class Pace:
     def started(self, spec: RunSpec) -> None:
         """A run begins. It is no longer among those to come, nor is it done."""
         self._forget_tokens()
-        self._take(_cell_of(spec.to_dict()), spec.repetition)
+        self._take(_cell_of(spec), spec.repetition)
         self._estimate, self._rest = self._estimate_of(spec), self._sum_of(self._to_come)
         self._current = spec
 
@@ -107,7 +107,7 @@ class Pace:
 
     def finished(self, result: RunResult) -> None:
         """A run has ended, or could not even begin."""
-        cell = _cell_of(result.spec)
+        cell = _cell_in(result.spec)
         if self._current is None:
             self._take(cell, result.spec["repetition"])
         if result.ok and (speed := _speed_of(result)) is not None:
@@ -143,7 +143,7 @@ class Pace:
     def _take(self, cell: Cell, repetition: int) -> None:
         """Take one run from those to come; by what it is, as a run that was clamped has another id."""
         for place, spec in enumerate(self._to_come):
-            if (_cell_of(spec.to_dict()), spec.repetition) == (cell, repetition):
+            if (_cell_of(spec), spec.repetition) == (cell, repetition):
                 del self._to_come[place]
                 return
 
@@ -151,7 +151,7 @@ class Pace:
         return sum((self._estimate_of(spec) for spec in specs), start=TimeLeft())
 
     def _estimate_of(self, spec: RunSpec) -> TimeLeft:
-        cell = _cell_of(spec.to_dict())
+        cell = _cell_of(spec)
         warmups = spec.warmup_runs if spec.repetition == 0 else 0
         if alike := self._speeds.get(cell):
             return TimeLeft((_mean(alike, "e2e_ms") + warmups * _mean(alike, "ttft_ms")) / 1000.0)
@@ -169,7 +169,12 @@ class Pace:
         ]
 
 
-def _cell_of(spec: dict[str, Any]) -> Cell:
+def _cell_of(spec: RunSpec) -> Cell:
+    return spec.model_name, spec.name, spec.requested_context_length
+
+
+def _cell_in(spec: Mapping[str, Any]) -> Cell:
+    """The same of a spec as it stands in a result."""
     return spec["model_name"], spec["name"], spec["requested_context_length"]
 
 
