@@ -248,6 +248,14 @@ def test_on_a_terminal_the_bar_shows_names_as_they_are_and_never_wraps(monkeypat
     assert "1/2" in screen.getvalue()
 
 
+def test_a_long_model_name_is_cut_while_it_is_loaded():
+    bar = Bar(specs_of(("baseline", {})), progress.Console(file=io.StringIO(), width=80))
+    bar.loading("an-organisation/" + "a-model " * 20)
+    drawn = bar.progress.console.render_lines(bar.progress.get_renderable(), pad=False)
+    assert len(drawn) == 2
+    assert "".join(segment.text for segment in drawn[1]).rstrip().endswith("…")
+
+
 def test_the_line_under_the_bar_follows_the_run(monkeypatch):
     one, two = specs_of(("reactive", {"selector": "quest", "attention_pages": 4}), num_runs=2)
     clock = Clock()
