@@ -64,6 +64,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="print the runs, their sizes and floors; run nothing")
     parser.add_argument("--list", action="store_true", help="print modes, policies, selectors, predictors")
+    parser.add_argument(
+        "--tracker", action="append", default=[], metavar="T", help="also record in tensorboard or mlflow; repeatable"
+    )
     parser.add_argument("--seed", type=seed, metavar="N", help="replaces the seed of every experiment")
     parser.add_argument(
         "--create-config",
@@ -158,7 +161,13 @@ def planned_runs(arguments: argparse.Namespace) -> list[PlannedRun]:
 def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
     """Make the runs, then summarise whatever there is."""
     from progress import watch
+    from trackers import Trackers
 
+    try:
+        trackers = Trackers.named(arguments.tracker, arguments.output)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return WRONG_CONFIG
     try:
         log_to(arguments.output, arguments.verbose)
     except OSError as error:
@@ -167,13 +176,14 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
     for note in dict.fromkeys(f"{p.spec.model_name}: {note}" for p in planned for note in p.notes):
         logging.getLogger(__name__).warning(note)
     started = time.perf_counter()
-    with watch(len(planned), arguments.quiet) as watcher:
+    with watch([run.spec for run in planned], arguments.quiet, arguments.verbose) as watcher:
         from sweep import Sweep
 
-        sweep = Sweep(planned, arguments.output, watcher)
+        sweep = Sweep(planned, arguments.output, trackers.beside(watcher))
         sweep.run()
     seconds = time.perf_counter() - started
     summarise(sweep.results, seconds, len(planned), sweep.interrupted, arguments)
+    trackers.finish(sweep.results, arguments.output)
     if sweep.interrupted:
         return INTERRUPTED
     whole = all(result.ok and "error" not in (result.quality or {}) for result in sweep.results)

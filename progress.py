@@ -1,21 +1,43 @@
-"""How a sweep is shown while it runs: a bar with an ETA on a terminal, a line for each run elsewhere.
+"""How a sweep is shown while it runs: two lines at the foot of a terminal, a line for each run elsewhere.
 
-Everything goes to stderr, so that stdout holds the tables and nothing else.
+Everything goes to stderr, so that stdout holds the tables and nothing else. The first line of the two is the whole
+sweep with the time left (sweep_pace.py says what `~`, `>` and `?` mean there), the second the run under way. They are
+cut to the width of the terminal, for a line that wraps cannot be drawn over and would flicker. They are drawn from
+another thread, four times a second: showing a token costs the measured loop no more than noting it.
+
+The hit rate beside the run under way is that of the last finished run of the same strategy and context.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+from quality_frame import describe_quality
+from sweep_pace import Pace
 
 if TYPE_CHECKING:
     from metrics import RunResult
     from run_specs import RunSpec
+
+DRAWINGS_PER_SECOND = 4
+SHORTEST_NAME = 12
 
 
 class Silent:
@@ -35,75 +57,231 @@ class Silent:
 
 
 class Lines(Silent):
-    """One plain line for each run, for logs and pipes."""
+    """One plain line for each run, for logs and pipes; when verbose, one as it starts too.
 
-    def __init__(self, n_runs: int):
-        self.n_runs, self.n_finished = n_runs, 0
+    Args:
+        specs: all runs of the sweep.
+    """
+
+    def __init__(self, specs: Sequence[RunSpec], verbose: bool = False):
+        self.n_runs, self.n_finished, self.verbose = len(specs), 0, verbose
+        self.pace = Pace(specs)
+        self.plus_quality = _plus_quality(specs)
 
     def loading(self, model_name: str) -> None:
-        print(f"loading {model_name}", file=sys.stderr, flush=True)
+        self._say(f"loading {model_name}")
+
+    def started(self, spec: RunSpec) -> None:
+        self.pace.started(spec)
+        if self.verbose:
+            self._say(f"{spec.label}, {_of_its_runs(spec)} starts{self._eta()}")
+
+    def token(self, n_tokens: int) -> None:
+        self.pace.token(n_tokens)
 
     def finished(self, result: RunResult) -> None:
         self.n_finished += 1
-        print(f"[{self.n_finished}/{self.n_runs}] {outcome(result)}", file=sys.stderr, flush=True)
+        self.pace.finished(result)
+        eta = self._eta() if self.n_finished < self.n_runs else ""
+        self._say(f"[{self.n_finished}/{self.n_runs}] {outcome(result)}{eta}")
+
+    def _eta(self) -> str:
+        return f"; ETA {self.pace.left()}{self.plus_quality}"
+
+    def _say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
 
 class Bar(Silent):
-    """A progress bar over the runs, with the run and token under way."""
+    """Two lines that stay: the sweep, and the run under way. Above them a line for each run that has ended.
 
-    def __init__(self, progress: Progress, n_runs: int):
-        self.progress = progress
-        self.task = progress.add_task("starting", total=n_runs)
-        self.now = ""
+    Args:
+        specs: all runs of the sweep.
+    """
+
+    def __init__(self, specs: Sequence[RunSpec], console: Console):
+        self.specs, self.n_finished = specs, 0
+        self.pace = Pace(specs)
+        self.plus_quality = _plus_quality(specs)
+        self.spec: RunSpec | None = None
+        self.now, self.n_tokens = "starting", 0
+        self.hit_rates: dict[tuple[str, int], str] = {}
+        self.progress = _TwoLines(self, console)
+        self.task = self.progress.add_task("runs", total=len(specs))
 
     def loading(self, model_name: str) -> None:
-        self.progress.update(self.task, description=f"loading {model_name}")
+        self.spec, self.now = None, f"loading {model_name}"
 
     def started(self, spec: RunSpec) -> None:
-        self.now = f"{spec.label}, {spec.context_length} tokens, run {spec.repetition + 1}"
-        self.progress.update(self.task, description=f"{self.now}: prefill")
+        self.pace.started(spec)
+        self.n_tokens, self.spec = 0, spec
 
     def token(self, n_tokens: int) -> None:
-        self.progress.update(self.task, description=f"{self.now}: token {n_tokens}")
+        self.n_tokens = n_tokens
+        self.pace.token(n_tokens)
 
     def finished(self, result: RunResult) -> None:
+        self.n_finished += 1
+        self.spec, self.now = None, self._what_follows(result)
+        self.pace.finished(result)
+        if (hit_rate := _hit_rate(result)) is not None:
+            self.hit_rates[result.spec["name"], result.spec["requested_context_length"]] = hit_rate
         self.progress.advance(self.task)
         self.progress.console.print(outcome(result), markup=False)
 
+    def _what_follows(self, result: RunResult) -> str:
+        """What the sweep does after this run, if it is the last one of its model."""
+        rest = self.specs[self.n_finished :]
+        if rest and rest[0].model_name == result.spec["model_name"]:
+            return ""
+        return "measuring quality" if self.plus_quality else "finishing"
+
+    def line_of_run(self) -> str:
+        """What is going on now."""
+        spec = self.spec
+        if spec is None:
+            return self.now
+        if not self.n_tokens:
+            figures = ["prefill"]
+        else:
+            figures = [f"token {self.n_tokens} of {spec.max_new_tokens}"]
+            if (speed := self.pace.tokens_per_second()) is not None:
+                figures.append(f"{speed:.1f} tokens/s")
+        if not spec.exact:
+            figures.append("approximate")
+        if hit_rate := self.hit_rates.get((spec.name, spec.requested_context_length)):
+            figures.append(f"last {hit_rate}")
+        width = self.progress.console.width
+        rest = _rest_of_line(spec, figures)
+        if len(figures) > 1 and SHORTEST_NAME + len(rest) > width:  # a figure left out is better than half of one
+            rest = _rest_of_line(spec, figures[:-1])
+        return _fitted(spec.label, rest, width)
+
+    def eta(self) -> str:
+        if self.n_finished == len(self.specs):
+            return ""
+        return f"ETA {self.pace.left()}{self.plus_quality}"
+
+
+class _TwoLines(Progress):
+    """rich's progress, with the line of the run under way below it."""
+
+    def __init__(self, bar: Bar, console: Console):
+        self.bar = bar
+        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), _TimeLeft(bar))
+        super().__init__(*columns, console=console, refresh_per_second=DRAWINGS_PER_SECOND)
+
+    def get_renderable(self) -> RenderableType:
+        line = Text(self.bar.line_of_run(), no_wrap=True, overflow="ellipsis")
+        return Group(self.make_tasks_table(self.tasks), line)
+
+
+class _TimeLeft(ProgressColumn):
+    """The last column of the first line."""
+
+    def __init__(self, bar: Bar):
+        super().__init__(Column(no_wrap=True))
+        self.bar = bar
+
+    def render(self, task: Task) -> Text:
+        return Text(self.bar.eta())
+
+
+def _of_its_runs(spec: RunSpec) -> str:
+    return f"{spec.context_length} tokens, run {spec.repetition + 1}"
+
+
+def _rest_of_line(spec: RunSpec, figures: Sequence[str]) -> str:
+    return f", {_of_its_runs(spec)}: {', '.join(figures)}"
+
+
+def _fitted(name: str, rest: str, width: int) -> str:
+    """Name and rest within a width; it is the name that is cut, as far as that helps."""
+    room = max(SHORTEST_NAME, width - len(rest))
+    return (name if len(name) <= room else f"{name[: room - 1]}…") + rest
+
 
 def outcome(result: RunResult) -> str:
-    """One line about a finished run."""
+    """One line about a finished run. Its quality is measured only after it."""
     spec = result.spec
     what = f"{spec['name']}, {spec['context_length']} tokens, run {spec['repetition'] + 1}"
     if not result.ok:
         return f"{what}: {result.status}: {(result.error or '').splitlines()[0].removesuffix(' Tried:')}"
     figures = [f"{result.timing['tpot_ms']:.1f} ms/token"] if result.timing["tpot_ms"] is not None else []
-    if result.cache and result.cache["hit_rate"] is not None:
-        figures.append(f"hit rate {100 * result.cache['hit_rate']:.0f} %")
+    if (hit_rate := _hit_rate(result)) is not None:
+        figures.append(hit_rate)
     if result.quality["matches_baseline"] is False:
         first = result.quality["first_divergent_token"]
         exact = result.quality["exact"]
         figures.append("tokens DIFFER from the baseline's" if exact else f"tokens differ from number {first} on")
+    if (quality := _quality(result)) is not None:
+        figures.append(quality)
     return f"{what}: {', '.join(figures) or 'ok'}"
 
 
+def _quality(result: RunResult) -> str | None:
+    """`approximate, KL 0.12 nats`, or that it is yet to be measured; None of a run that is exact.
+
+    It is measured once for all repetitions, so of the later ones nothing is said but that they are approximate.
+    """
+    described = describe_quality(result.to_dict())
+    asked = result.spec.get("quality")
+    if described is None or "fidelity" in result.quality or not (asked and asked["fidelity_tokens"]):
+        return described
+    return "approximate, quality to be measured" if result.spec["repetition"] == 0 else "approximate"
+
+
+def _plus_quality(specs: Sequence[RunSpec]) -> str:
+    return " + quality" if any(spec.quality is not None for spec in specs) else ""
+
+
+def _hit_rate(result: RunResult) -> str | None:
+    rate = (result.cache or {}).get("hit_rate")
+    return None if rate is None else f"hit rate {100 * rate:.0f} %"
+
+
 @contextmanager
-def watch(n_runs: int, quiet: bool) -> Iterator[Silent]:
-    """The watcher that suits where stderr goes."""
+def watch(specs: Sequence[RunSpec], quiet: bool, verbose: bool = False) -> Iterator[Silent]:
+    """The watcher that suits where stderr goes.
+
+    Args:
+        specs: all runs of the sweep.
+    """
     if quiet:
         yield Silent()
         return
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield Lines(n_runs)
+        yield Lines(specs, verbose)
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield Bar(progress, n_runs)
+    bar = Bar(specs, console)
+    with _logging_above(bar.progress), bar.progress:
+        yield bar
+
+
+@contextmanager
+def _logging_above(progress: Progress) -> Iterator[None]:
+    """Let log lines be printed above the bar; written to the stream itself they would tear it apart."""
+    handlers = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
+    streams = {handler: handler.stream for handler in handlers if handler.stream is sys.stderr}
+    for handler in streams:
+        handler.setStream(_Above(progress))
+    try:
+        yield
+    finally:
+        for handler, stream in streams.items():
+            handler.setStream(stream)
+
+
+class _Above:
+    """A text stream that ends up above the bar, line by line."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.progress.console.print(text.rstrip("\n"), markup=False, soft_wrap=True)
+
+    def flush(self) -> None:
+        pass

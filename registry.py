@@ -171,13 +171,8 @@ MODES = Registry(
         "predictive": "predictive_prefetch:run",
     },
 )
-CACHES = Registry(  # what each mode measures, to attend with where nothing is timed
-    "mode",
-    {
-        "baseline": "inference_baseline:make_cache",
-        "reactive": "kv_paging:make_cache",
-        "predictive": "predictive_prefetch:make_cache",
-    },
+CACHES = Registry(  # what makes the cache of a mode, to attend with where nothing is timed
+    "mode", {mode: f"{path.partition(':')[0]}:make_cache" for mode, path in MODES.table.items()}
 )
 POLICIES = Registry(
     "policy",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import weakref
 from types import SimpleNamespace
@@ -11,13 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import progress
 import sweep as sweep_module
 from config_schema import MODE_CLASSES
 from metrics import RunResult, token_agreement
 from models import ModelUnavailable
 from planning import PlannedRun
-from progress import Bar, Lines, outcome
 from run_specs import expand
 from sweep import Sweep
 
@@ -221,69 +218,6 @@ def test_a_clamp_found_only_after_loading_is_made_and_recorded(swept, monkeypatc
     sweep, _ = swept(planned(THREE[0]), tokens)
     spec = sweep.results[0].spec
     assert (spec["requested_context_length"], spec["context_length"]) == (48, 36)
-
-
-# --- how it is shown ----------------------------------------------------------------------------------------
-
-
-def result_of(mode="baseline", **blocks):
-    spec = planned((mode, {"name": "[my] run"}))[0].spec
-    quality = {"exact": True, "matches_baseline": None, "first_divergent_token": None}
-    measured = {"timing": {"tpot_ms": 12.34}, "quality": quality}
-    return RunResult(spec=spec.to_dict(), run_id=spec.run_id, **measured | blocks)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "line"),
-    [
-        ({}, "[my] run, 48 tokens, run 1: 12.3 ms/token"),
-        ({"cache": {"hit_rate": 0.756}}, "[my] run, 48 tokens, run 1: 12.3 ms/token, hit rate 76 %"),
-        ({"timing": {"tpot_ms": None}}, "[my] run, 48 tokens, run 1: ok"),
-        (
-            {"quality": {"exact": True, "matches_baseline": False, "first_divergent_token": 3}},
-            "[my] run, 48 tokens, run 1: 12.3 ms/token, tokens DIFFER from the baseline's",
-        ),
-        (
-            {"quality": {"exact": False, "matches_baseline": False, "first_divergent_token": 3}},
-            "[my] run, 48 tokens, run 1: 12.3 ms/token, tokens differ from number 3 on",
-        ),
-        ({"status": "error", "error": "first\nsecond"}, "[my] run, 48 tokens, run 1: error: first"),
-    ],
-)
-def test_the_line_of_a_finished_run_says_what_matters(blocks, line):
-    assert outcome(result_of(**blocks)) == line
-
-
-def test_without_a_terminal_each_run_is_one_plain_line_on_stderr(capsys):
-    lines = Lines(2)
-    lines.finished(result_of())
-    assert capsys.readouterr() == ("", "[1/2] [my] run, 48 tokens, run 1: 12.3 ms/token\n")
-
-
-def test_on_a_terminal_the_bar_shows_names_as_they_are(monkeypatch):
-    screen = io.StringIO()
-    terminal = progress.Console(file=screen, force_terminal=True, color_system=None, width=100)
-    monkeypatch.setattr(progress, "Console", lambda **options: terminal)
-    with progress.watch(2, quiet=False) as watcher:
-        assert isinstance(watcher, Bar)
-        watcher.loading("a model")
-        watcher.started(planned(("baseline", {"name": "[my] run"}))[0].spec)
-        watcher.token(3)
-        watcher.progress.refresh()
-        watcher.finished(result_of())
-    text = screen.getvalue()
-    assert "[my] run, 48 tokens, run 1: token 3" in text
-    assert "[my] run, 48 tokens, run 1: 12.3 ms/token" in text
-    assert "1/2" in text
-
-
-def test_quiet_shows_nothing_on_any_stream(capsys):
-    with progress.watch(1, quiet=True) as watcher:
-        watcher.loading("a model")
-        watcher.started(planned(THREE[0])[0].spec)
-        watcher.token(1)
-        watcher.finished(result_of())
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_result_that_cannot_be_written_is_a_row_and_the_others_go_on(swept, monkeypatch):
