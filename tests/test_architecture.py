@@ -66,6 +66,7 @@ LAYERS = (
     "quality_tasks",
     "task_texts",
     "workloads",
+    "run_statistics",
     "intervals",
     "models",
     "model_routes",
