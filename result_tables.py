@@ -29,7 +29,7 @@ from comparison import (
 from quality_tables import quality_table, tasks_table
 from result_frame import describe_setting, failed, successful, unique, values
 from run_statistics import NO_DIFFERENCE, WIDE_PERCENT, median_with_interval
-from text_tables import DASH, Table, decimals, link_note, number_text
+from text_tables import DASH, Table, decimals, link_note, number_text, ratio_text
 
 if TYPE_CHECKING:  # both take long to import, and `main.py --help` should not wait for them
     import pandas as pd
@@ -131,11 +131,6 @@ def with_interval(text: Callable[[float], str], value: float | None, low: float 
     if value is None:
         return DASH
     return text(value) if low is None else f"{text(value)}\n{text(low)}-{text(high)}"
-
-
-def ratio_text(ratio: float) -> str:
-    """Two decimals, or three where two would read as no difference at all."""
-    return f"{ratio:.3f}" if 0.995 <= ratio < 1.005 else f"{ratio:.2f}"
 
 
 def _rows(frame: pd.DataFrame, by_context: bool) -> list[Row]:
