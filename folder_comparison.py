@@ -220,8 +220,9 @@ class FolderComparison:
         return self.a.results[pair[0]], self.b.results[pair[1]]
 
     def differences(self) -> list[tuple[str, str, str]]:
-        """What, in A, in B: of machine, versions, model, links and settings, where the folders are not the same."""
-        sides = [_places(folder) for folder in (self.a, self.b)]
+        """What, in A, in B: of machine, versions, model, links and settings, where the matched runs differ."""
+        runs = zip(*self.pairs, strict=True)
+        sides = [_places(folder, own) for folder, own in zip((self.a, self.b), runs, strict=True)]
         found = []
         for what in dict.fromkeys([*sides[0], *sides[1]]):
             texts = ["; ".join(sorted(side.get(what, ["not recorded"]))) for side in sides]
@@ -301,7 +302,7 @@ def _unmatched(side: str, folder: Folder, other: Folder, runs: Sequence[int]) ->
         result = folder.results[run]
         why = "several runs of this name: which is meant?" if _entry(result) in ambiguous else "no such run"
         cells.setdefault((folder.strategy(run), context_tokens(result), why), []).append(run)
-    for (strategy, context, why), own in cells.items():
+    for (strategy, context, why), own in sorted(cells.items(), key=lambda cell: cell[0][1] or 0):
         repetitions = sorted(count_at(folder.results[run], "spec.repetition") or 0 for run in own)
         yield Unmatched(side, strategy, context, tuple(repetitions), why)
 
@@ -337,10 +338,11 @@ def _verdict(metric: Metric, ratio: Ratio) -> str:
     return BETTER if (ratio.high < 1.0) == metric.lower_is_better else WORSE
 
 
-def _places(folder: Folder) -> dict[str, set[str]]:
-    """What machine, versions, model and links the runs had: what -> all values, as text."""
+def _places(folder: Folder, runs: Sequence[int]) -> dict[str, set[str]]:
+    """What machine, versions, model and links these runs had: what -> all values, as text."""
     places: dict[str, set[str]] = {}
-    for run, result in enumerate(folder.results):
+    for run in runs:
+        result = folder.results[run]
         environment = dig(result, "environment")
         found = [(key.removeprefix("packages."), value) for key, value in _flat(environment) if key != "argv"]
         found = [(key, str(value)[:12] if key == "git_commit" else value) for key, value in found]

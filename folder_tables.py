@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from comparison import wide_cells
 from folder_comparison import (
     BETTER,
     METRICS,
@@ -24,7 +25,7 @@ from folder_comparison import (
 )
 from regression_gate import Outcome, judge, parse_condition
 from result_frame import successful, under_simulated_link
-from run_statistics import NO_DIFFERENCE
+from run_statistics import NO_DIFFERENCE, WIDE_PERCENT
 from text_tables import DASH, Table, number_text, ratio_text
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ def header(compared: FolderComparison) -> str:
     for side, folder in (("A", compared.a), ("B", compared.b)):
         lines.append(f"{side}: {folder.path}, {_runs(folder)}")
         lines += [f"   not read: {problem}" for problem in folder.problems]
+        wide = [f"{strategy} at {context} ({percent:.0f} %)" for strategy, context, percent in wide_cells(folder.frame)]
+        if wide:
+            lines.append(
+                f"   WARNING: runs of {side} differ by more than {WIDE_PERCENT:g} % ((largest - smallest) / median"
+                f" latency): {', '.join(wide)}"
+            )
     same, known = compared.same_tokens
     tokens = f"; the same tokens in {same} of {known}" if known else ""
     lines.append(f"{len(compared.pairs)} pairs of runs{tokens}")

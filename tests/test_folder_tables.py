@@ -122,13 +122,22 @@ def test_what_was_not_read_what_failed_and_what_has_no_partner_is_said(tmp_path)
     assert text.index("B against A") < text.index("tpot_ms: decode latency")
 
 
+def test_runs_of_a_folder_that_differ_much_are_warned_of(tmp_path):
+    a, b = ([make_result(repetition=r, tpot_ms=t) for r, t in enumerate(times)] for times in ((100, 101), (100, 130)))
+    said = header(compared(tmp_path, a, b))
+    assert said.count("WARNING") == 1
+    assert "runs of B differ by more than 10 %" in said and "baseline at 500 (26 %)" in said  # 30 / 115
+
+
 def test_the_sample_compared_with_itself_is_1_everywhere_and_fits_80_columns():
     sample = PROJECT / "logs" / "sample"
     text = printed((sample, sample), conditions=("tpot_ms>0%", "tokens_per_second<0%", "kl_mean>0%"))
     assert "36 pairs of runs; the same tokens in 36 of 36" in text
     assert text.count(": passed") == 3
     assert {c.verdict for c in compare_folders(sample, sample).figures} == {"no difference shown"}
-    assert max(len(line) for line in text.splitlines() if str(sample) not in line) <= 80
+    assert (
+        max(len(line) for line in text.split("\n\n", 1)[1].splitlines()) <= 80
+    )  # below the header, which names folders
 
 
 def test_comparing_imports_no_torch():
