@@ -134,10 +134,10 @@ def digest_table(compared: FolderComparison) -> Table:
 
 
 def _chance_note(compared: FolderComparison) -> str:
-    judged = [c for c in compared.figures if c.context_tokens is not None and not c.metric.once]
-    few = sorted({c.ratio.n_pairs for c in judged if 2 <= c.ratio.n_pairs <= 5})
+    judged = [c for c in compared.figures if c.context_tokens is not None and not c.metric.once and c.ratio.n_pairs > 1]
+    few = sorted({c.ratio.n_pairs for c in judged if c.ratio.n_pairs <= 5})
     if not few:
-        return ""
+        return " It does so by chance alone in 5 to 12 of 100 cases where nothing differs." if judged else ""
     return (
         f" Of {few[0]} pairs it is their range, which leaves out 1 by chance alone in {200 * 0.5 ** few[0]:.0f} of 100"
         " cases where nothing differs."

@@ -19,9 +19,10 @@ largest, as a resample has either as its median more often than 2.5 times in 100
 
     chance that the range of n pairs holds the true median = 1 - 2^(1 - n)
 
-that is 50 % for 2 pairs, 75 % for 3, 94 % for 5; only from 6 pairs on (97 %) does the range reach the 95 % that an
-interval is named for. With three repetitions "faster" thus means that all three pairs say so, which chance alone does
-one time in four, one way or the other.
+that is 50 % for 2 pairs, 75 % for 3, 88 % for 4, 94 % for 5. From 6 pairs on the interval is narrower than the range,
+and holds the true median in 88 to 95 % of simulated cases (normal logarithms, up to 20 pairs): about what it is named
+for, a little less. With three repetitions "faster" thus means that all three pairs say so, which chance alone does one
+time in four, one way or the other.
 """
 
 from __future__ import annotations

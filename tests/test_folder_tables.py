@@ -54,6 +54,15 @@ def test_the_digest_counts_verdicts_without_the_rows_over_all_contexts(tmp_path)
     assert "simulated link (simulated pcie3-x16, 15.75 GB/s)" in table.caption
 
 
+@pytest.mark.parametrize(
+    ("repetitions", "words"), [(1, None), (2, "in 50 of 100"), (5, "in 6 of 100"), (6, "in 5 to 12 of 100")]
+)
+def test_the_digest_says_what_its_verdicts_are_worth(tmp_path, repetitions, words):
+    results = [make_result(repetition=r) for r in range(repetitions)]
+    caption = digest_table(compared(tmp_path, results, results)).caption
+    assert words in caption if words else "by chance" not in caption
+
+
 def test_of_what_was_measured_once_one_pair_decides_and_the_caption_says_so(tmp_path):
     sides = [[with_fidelity(make_result("reactive"), kl_mean=kl)] for kl in (0.0004, 0.0002)]
     comparison = compared(tmp_path, *sides)

@@ -70,6 +70,12 @@ def test_the_range_of_n_pairs_holds_the_true_median_as_often_as_the_formula_says
     assert held.mean() == pytest.approx(chance, abs=0.01)
 
 
+@pytest.mark.parametrize("n", [7, 9])
+def test_of_more_pairs_the_interval_holds_the_true_median_about_nine_times_in_ten(n):
+    found = [paired_ratio([logs]) for logs in np.random.default_rng(n).normal(size=(300, n))]
+    assert 0.84 <= np.mean([ratio.low <= 1.0 <= ratio.high for ratio in found]) <= 0.98
+
+
 def test_a_single_pair_in_any_cell_leaves_no_interval():
     found = paired_ratio([np.log([2.0, 2.0]), np.log([8.0])])
     assert (found.ratio, found.low, found.high) == (pytest.approx(4.0), None, None)
