@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metrics import percent, speedup_percent, spread
+from metrics import percent, ratio, speedup_percent, spread
 from result_frame import CELL, successful, unique, values
 from run_statistics import WIDE_PERCENT, Ratio, log_ratio, paired_ratio, spread_percent
 
@@ -173,6 +173,23 @@ def _median(frame: pd.DataFrame, column: str) -> float | None:
 def average_over_cells(comparisons: Sequence[Comparison]) -> dict[str, float | None]:
     """Each compared figure, averaged over the cells that have it."""
     return {figure: spread([getattr(c, figure) for c in comparisons])["mean"] for figure in COMPARED}
+
+
+def own_speedups(frame: pd.DataFrame) -> list[float | None]:
+    """Of each run, in the frame's order, the baseline's TPOT in the same cell and repetition / its own TPOT.
+
+    None of the baseline itself, of runs that failed, and where there is no such pair; nothing stands in for a baseline
+    here, so that the figure means the same in any folder.
+    """
+    chosen, place = baselines(frame), [*CELL, "repetition"]
+    runs = successful(frame).dropna(subset=["tpot_ms", *place])
+    of_baseline = runs[runs["strategy"] == runs["workload"].map(chosen).astype("string")]
+    places = of_baseline[place].itertuples(index=False, name=None)
+    tpot_ms = dict(zip(places, of_baseline["tpot_ms"], strict=True))
+    speedups: list[float | None] = [None] * len(frame)
+    for run, *own, own_ms in runs.drop(of_baseline.index)[[*place, "tpot_ms"]].itertuples(name=None):
+        speedups[run] = ratio(tpot_ms.get(tuple(own)), own_ms)
+    return speedups
 
 
 def overall_speedup(comparisons: Sequence[Comparison]) -> Ratio:

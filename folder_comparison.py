@@ -10,7 +10,8 @@ listed too.
 Each pair gives a ratio B / A for every metric; a cell (a strategy at a context) has the median, all contexts together
 have the geometric mean, with intervals as in `run_statistics.py`. An interval covers what differs from repetition to
 repetition. The two runs of such a pair were not made side by side, so a machine that was slower on one of the days
-is in every pair and in no interval.
+is in every pair and in no interval. `speedup` is what such a machine does not touch: it sets each run against the
+baseline that was made beside it, in its own folder.
 
 Metrics that are the same in every repetition (`once`) need no interval: one pair decides.
 """
@@ -26,6 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comparison import own_speedups
 from registry import MODES
 from result_frame import WORKLOAD_FIELDS, Result, context_tokens, count_at, describe_link, dig, load_results, to_frame
 from run_statistics import NO_DIFFERENCE, Ratio, log_ratio, paired_ratio
@@ -66,6 +68,7 @@ METRICS = {
     metric.name: metric
     for metric in (
         Metric("tpot_ms", "decode latency per token", "ms", True),
+        Metric("speedup", "baseline latency / latency in the same folder", "x", False),
         Metric("itl_p99_ms", "slow tokens in decode, 99th percentile", "ms", True),
         Metric("ttft_ms", "time to the first token, prefill", "ms", True),
         Metric("tokens_per_second", "tokens per second, prefill included", "tok/s", False),
@@ -118,7 +121,9 @@ class Folder:
         return self.frame["strategy"].iloc[run]
 
     def measured(self, column: str) -> list[float | None]:
-        """A column by run; None also of runs that failed."""
+        """A column by run, or the speed-up over the baseline in its own folder; None also of runs that failed."""
+        if column == "speedup":
+            return own_speedups(self.frame)
         figures = self.frame[column].where(self.frame["status"].eq("ok").fillna(False))
         return [None if missing else float(value) for value, missing in zip(figures, figures.isna(), strict=True)]
 

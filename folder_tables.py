@@ -195,7 +195,7 @@ def _metric_row(metric: Metric, c: MetricComparison) -> tuple[str, ...]:
 def _figure_text(metric: Metric, value: float | None) -> str:
     """As in all tables, but that a divergence of a millionth is not shown as 0."""
     shown = None if value is None else metric.scale * value
-    return f"{shown:.2g}" if shown is not None and 0 < abs(shown) < 0.995 else number_text(shown)
+    return f"{shown:#.2g}" if shown is not None and 0 < abs(shown) < 0.995 else number_text(shown)
 
 
 def outcome_text(outcome: Outcome) -> str:

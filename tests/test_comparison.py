@@ -8,7 +8,16 @@ import pytest
 from result_fixtures import approximately, make_failure, make_result, make_sweep
 
 import reporting
-from comparison import baselines, compare, overall_speedup, paired_std, references, repetition_std, wide_cells
+from comparison import (
+    baselines,
+    compare,
+    overall_speedup,
+    own_speedups,
+    paired_std,
+    references,
+    repetition_std,
+    wide_cells,
+)
 from metrics import spread
 from result_frame import to_frame
 
@@ -170,6 +179,15 @@ def test_cells_are_combined_by_the_geometric_mean():
     overall = overall_speedup(comparisons)
     assert overall.ratio == pytest.approx(math.sqrt(101 / 81 * (101 / 81 / 2)))  # median pair: the second
     assert (overall.n_pairs, overall.n_cells) == (6, 2)
+
+
+def test_each_run_has_its_own_speedup_over_the_same_repetition_of_the_baseline():
+    results = [make_result(repetition=0, tpot_ms=100.0), make_result(repetition=1, tpot_ms=300.0)]
+    results += [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((50.0, 75.0, 80.0))]
+    results += [make_failure(make_result("predictive"))]
+    assert own_speedups(to_frame(results)) == [None, None, 2.0, 4.0, None, None]
+    assert own_speedups(to_frame([])) == []
+    assert set(own_speedups(to_frame(without_baseline()))) == {None}
 
 
 def without_baseline():

@@ -86,6 +86,18 @@ def test_what_is_better_depends_on_the_metric(tmp_path, metric, factor, verdict)
     assert figure(comparison, metric, "predictive").verdict == verdict
 
 
+def test_a_speed_up_over_the_folders_own_baseline_does_not_mind_a_slower_machine(tmp_path):
+    sweep = make_sweep()
+    slower_machine = scaled(sweep, "tpot_ms", 3.0)
+    for result in slower_machine:  # and prefetching became slower by a half besides
+        result["timing"]["tpot_ms"] *= 1.5 if result["spec"]["mode"] == "predictive" else 1.0
+    comparison = compared(tmp_path, sweep, slower_machine)
+    reactive, predictive = (figure(comparison, "speedup", mode) for mode in ("reactive", "predictive"))
+    assert (reactive.a, reactive.ratio.ratio, reactive.verdict) == pytest.approx((101 / 81, 1.0, "no difference shown"))
+    assert (predictive.ratio.ratio, predictive.verdict) == (pytest.approx(1 / 1.5), "worse")
+    assert not any(c.strategy == "baseline" for c in comparison.figures if c.metric.name == "speedup")
+
+
 def test_runs_that_scatter_on_both_sides_of_1_show_no_difference(tmp_path):
     comparison = compared(tmp_path, runs("baseline", (100.0, 100.0, 100.0)), runs("baseline", (90.0, 150.0, 160.0)))
     assert figure(comparison, "tpot_ms", "baseline").verdict == "no difference shown"

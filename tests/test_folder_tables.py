@@ -67,7 +67,7 @@ def test_of_what_was_measured_once_one_pair_decides_and_the_caption_says_so(tmp_
     sides = [[with_fidelity(make_result("reactive"), kl_mean=kl)] for kl in (0.0004, 0.0002)]
     comparison = compared(tmp_path, *sides)
     assert metric_table(comparison, METRICS["kl_mean"]).rows == [
-        ("500", "reactive", "1", "0.0004", "0.0002", "0.50", "—", "better")
+        ("500", "reactive", "1", "0.00040", "0.00020", "0.50", "—", "better")
     ]
     assert "One pair decides for device_kv_mb, host_kv_mb, kl_mean, top1_agreement" in digest_table(comparison).caption
 
