@@ -1,4 +1,4 @@
-"""Strategies against the baseline: only like with like, median against median, and then averaged.
+"""Strategies against the baseline: only like with like, cell by cell, in pairs of runs made side by side.
 
 Runs compare inside a **cell**, that is, one workload at one context length (see `result_frame.py`). In each cell the
 medians over repetitions are compared, since one slow outlier moves a mean but not a median, and only then are cells
@@ -6,7 +6,10 @@ averaged. So a strategy that ran out of memory at the longest context is not mad
 
 Runs are interleaved: repetition 3 of every strategy follows upon repetition 3 of the baseline. Such a pair shares
 what the machine did meanwhile, so the spread of a speed-up is taken over pairs; a machine that slows down for a
-minute slows down both.
+minute slows down both. `Comparison.speedup` is the median of their ratios, with an interval (see `run_statistics.py`).
+
+Where no baseline succeeded, a reactive strategy is what the predictive ones are compared with: the same cache, but for
+the copying ahead.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metrics import percent, speedup_percent, spread
-from result_frame import CELL, successful, values
+from metrics import percent, ratio, speedup_percent, spread
+from result_frame import CELL, successful, unique, values
+from run_statistics import WIDE_PERCENT, Ratio, log_ratio, paired_ratio, spread_percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,9 +30,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One strategy against the baseline in one cell; figures compare medians over repetitions.
+    """One strategy in one cell against what it is compared with, `baseline`, which is a reactive strategy where no
+    baseline succeeded; figures compare medians over repetitions.
 
-    The `paired_…` figures have one entry per repetition that both ran.
+    The `paired_…` figures have one entry per repetition that both ran; `paired_log_ratios` are of their TPOT,
+    log(baseline's / own).
     """
 
     strategy: str
@@ -47,6 +53,12 @@ class Comparison:
     device_kv_reduction_percent: float | None
     paired_speedups_percent: tuple[float, ...]
     paired_gains_percent: tuple[float, ...]
+    paired_log_ratios: tuple[float, ...]
+
+    @property
+    def speedup(self) -> Ratio:
+        """Median over pairs of baseline TPOT / own TPOT, above 1 where this strategy is faster."""
+        return overall_speedup([self])
 
 
 COMPARED = (
@@ -75,19 +87,41 @@ def baselines(frame: pd.DataFrame) -> dict[str, str]:
     return chosen
 
 
+def references(frame: pd.DataFrame) -> dict[str, str]:
+    """Workload -> the strategy to compare with: its baseline, or, where none succeeded but predictive runs did, its
+    first exact reactive strategy, else its first reactive one."""
+    chosen, runs = baselines(frame), successful(frame)
+    without = runs.loc[~runs["workload"].isin(list(chosen)), ["workload", "strategy", "mode", "exact"]]
+    if without.empty:
+        return chosen
+    reactive = without[without["mode"] == "reactive"]
+    reactive = reactive[reactive["workload"].isin(unique(without[without["mode"] == "predictive"], "workload"))]
+    for candidates in (reactive[reactive["exact"].fillna(True)], reactive):
+        for workload, strategy in zip(candidates["workload"], candidates["strategy"], strict=True):
+            chosen.setdefault(workload, strategy)
+    return chosen
+
+
 def compare(frame: pd.DataFrame) -> list[Comparison]:
-    """Every strategy against its baseline, in every cell in which both have a successful run."""
-    references, comparisons = baselines(frame), []
+    """Every strategy against that of `references`, in every cell in which both have a successful run; where that is a
+    reactive one, only the predictive strategies."""
+    chosen, comparisons = references(frame), []
     for (workload, _), cell in successful(frame).groupby(CELL, sort=False):
         by_strategy = dict(iter(cell.groupby("strategy", sort=False)))
-        reference = by_strategy.pop(references.get(workload), None)
+        reference = by_strategy.pop(chosen.get(workload), None)
         if reference is not None:
-            comparisons += [_compare_runs(runs, reference) for runs in by_strategy.values()]
+            only_predictive = reference["mode"].iloc[0] != "baseline"
+            comparisons += [
+                _compare_runs(runs, reference)
+                for runs in by_strategy.values()
+                if not only_predictive or runs["mode"].iloc[0] == "predictive"
+            ]
     return comparisons
 
 
 def _compare_runs(runs: pd.DataFrame, reference: pd.DataFrame) -> Comparison:
     first = runs.iloc[0]
+    pairs = _pairs(runs, reference)
     return Comparison(
         strategy=first["strategy"],
         mode=first["mode"],
@@ -103,8 +137,9 @@ def _compare_runs(runs: pd.DataFrame, reference: pd.DataFrame) -> Comparison:
         gpu_memory_reduction_percent=_reduction_percent(runs, reference, "gpu_memory_mb"),
         gpu_peak_reduction_percent=_reduction_percent(runs, reference, "gpu_peak_mb"),
         device_kv_reduction_percent=_reduction_percent(runs, reference, "device_kv_mb"),
-        paired_speedups_percent=_paired(runs, reference, "tpot_ms", lambda own, other: speedup_percent(other, own)),
-        paired_gains_percent=_paired(runs, reference, "tokens_per_second", _gain_percent),
+        paired_speedups_percent=_paired(pairs, "tpot_ms", lambda own, other: speedup_percent(other, own)),
+        paired_gains_percent=_paired(pairs, "tokens_per_second", _gain_percent),
+        paired_log_ratios=_paired(pairs, "tpot_ms", lambda own, other: log_ratio(other, own)),
     )
 
 
@@ -118,14 +153,14 @@ def _reduction_percent(runs: pd.DataFrame, reference: pd.DataFrame, column: str)
     return None if share is None else 100.0 - share
 
 
-def _paired(
-    runs: pd.DataFrame,
-    reference: pd.DataFrame,
-    column: str,
-    formula: Callable[[float, float], float | None],
-) -> tuple[float, ...]:
-    """`formula(own, baseline's)` for every repetition that both ran."""
-    pairs = runs.merge(reference, on="repetition", suffixes=("", "_baseline"))
+def _pairs(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
+    """A row for every repetition that both ran, the reference's columns ending in `_baseline`."""
+    compared = ["repetition", "tpot_ms", "tokens_per_second"]
+    return runs[compared].merge(reference[compared], on="repetition", suffixes=("", "_baseline"))
+
+
+def _paired(pairs: pd.DataFrame, column: str, formula: Callable[[float, float], float | None]) -> tuple[float, ...]:
+    """`formula(own, baseline's)` for every pair that has the column on both sides."""
     measured = pairs[[column, f"{column}_baseline"]].dropna().itertuples(index=False)
     figures = [formula(own, other) for own, other in measured]
     return tuple(figure for figure in figures if figure is not None)
@@ -138,6 +173,38 @@ def _median(frame: pd.DataFrame, column: str) -> float | None:
 def average_over_cells(comparisons: Sequence[Comparison]) -> dict[str, float | None]:
     """Each compared figure, averaged over the cells that have it."""
     return {figure: spread([getattr(c, figure) for c in comparisons])["mean"] for figure in COMPARED}
+
+
+def own_speedups(frame: pd.DataFrame) -> list[float | None]:
+    """Of each run, in the frame's order, the baseline's TPOT in the same cell and repetition / its own TPOT.
+
+    None of the baseline itself, of runs that failed, and where there is no such pair; nothing stands in for a baseline
+    here, so that the figure means the same in any folder.
+    """
+    chosen, place = baselines(frame), [*CELL, "repetition"]
+    runs = successful(frame).dropna(subset=["tpot_ms", *place])
+    of_baseline = runs[runs["strategy"] == runs["workload"].map(chosen).astype("string")]
+    places = of_baseline[place].itertuples(index=False, name=None)
+    tpot_ms = dict(zip(places, of_baseline["tpot_ms"], strict=True))
+    speedups: list[float | None] = [None] * len(frame)
+    for run, *own, own_ms in runs.drop(of_baseline.index)[[*place, "tpot_ms"]].itertuples(name=None):
+        speedups[run] = ratio(tpot_ms.get(tuple(own)), own_ms)
+    return speedups
+
+
+def overall_speedup(comparisons: Sequence[Comparison]) -> Ratio:
+    """The geometric mean over cells of the median speed-up of their pairs."""
+    return paired_ratio([comparison.paired_log_ratios for comparison in comparisons])
+
+
+def wide_cells(frame: pd.DataFrame) -> list[tuple[str, int, float]]:
+    """Strategy, context and spread in percent of each cell whose runs' TPOT has a spread above `WIDE_PERCENT`."""
+    cells = []
+    for (strategy, _, context), runs in successful(frame).groupby(["strategy", *CELL], sort=False):
+        wide = spread_percent(values(runs, "tpot_ms"))
+        if wide is not None and wide > WIDE_PERCENT:
+            cells.append((strategy, int(context), wide))
+    return cells
 
 
 def mean(frame: pd.DataFrame, column: str) -> float | None:

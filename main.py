@@ -4,9 +4,11 @@
     python main.py --config F --output D  another list, another folder
     python main.py --plan                 what would run, and the floor of each run; loads nothing
     python main.py --list                 modes, policies, selectors and predictors with their parameters
+    python main.py --compare A B          what differs between two results folders; --fail-if "tpot_ms>5%" for CI
     python main.py --create-config [F]    write a commented experiment list to start from
 
-Exit codes: 0 all runs succeeded, 1 some failed (their rows say why), 2 the configuration is wrong, 130 interrupted.
+Exit codes: 0 all runs succeeded, 1 some failed (their rows say why) or a --fail-if holds, 2 the configuration is wrong,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -76,6 +78,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="F",
         help="write a commented experiment list (to experiment_config.yaml) and stop",
     )
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="compare two results folders, and stop"
+    )
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="COND",
+        help="with --compare: exit with 1 if B is worse than A by more, such as 'tpot_ms>5%%'; repeatable",
+    )
     parser.add_argument("--force", action="store_true", help="let --create-config overwrite a file")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-q", "--quiet", action="store_true", help="tables only, no progress")
@@ -98,6 +110,8 @@ def command(arguments: argparse.Namespace) -> int:
         return create_config(arguments.create_config, arguments.force)
     if arguments.list:
         return list_parts()
+    if arguments.compare or arguments.fail_if:
+        return compare(arguments.compare, arguments.fail_if)
     try:
         planned = planned_runs(arguments)
     except (ValueError, ImportError) as error:  # ConfigError is a ValueError with one line for each fault
@@ -130,6 +144,20 @@ def create_config(path: Path, force: bool) -> int:
         return WRONG_CONFIG
     print(f"wrote {path}; try: python main.py --config {path} --plan")
     return OK
+
+
+def compare(folders: Sequence[Path] | None, conditions: Sequence[str]) -> int:
+    """Print how two results folders compare."""
+    from folder_tables import print_comparison
+
+    if folders is None:
+        print("--fail-if is a condition on two results folders: name them with --compare A B", file=sys.stderr)
+        return WRONG_CONFIG
+    try:
+        return OK if print_comparison(folders, conditions, _stdout()) else FAILED
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return WRONG_CONFIG
 
 
 def list_parts() -> int:

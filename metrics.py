@@ -20,6 +20,7 @@ from typing import Any
 from recorder import Recorder
 
 SCHEMA_VERSION = 1
+ITL_PERCENTILES = (50, 90, 99)
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -61,11 +62,23 @@ def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
     }
 
 
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """The value below which `share` percent of them lie, between two of them in proportion; None of no values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    position = share / 100.0 * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Times of one generation. All from one clock, named in `clock`; `itl_ms` has one entry per token after the first.
 
-    TTFT is prompt to first token, so it is the prefill. TPOT = (E2E - TTFT) / (N - 1): decode time per token.
+    TTFT is prompt to first token, so it is the prefill. TPOT = (E2E - TTFT) / (N - 1): decode time per token, which is
+    the mean of the ITLs. Their percentiles say what it hides: how long the slow tokens took.
     """
 
     n_tokens: int
@@ -112,6 +125,7 @@ class Timing:
             "prefill_ms": self.prefill_ms,
             "decode_ms": self.decode_ms,
             "tpot_ms": self.tpot_ms,
+            **{f"itl_p{share}_ms": percentile(self.itl_ms, share) for share in ITL_PERCENTILES},
             "tokens_per_second": per_second,
             "decode_tokens_per_second": ratio(1000.0, self.tpot_ms),
             "batch_tokens_per_second": None if per_second is None else per_second * self.batch_size,

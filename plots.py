@@ -20,7 +20,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from comparison import baselines, compare
+from comparison import baselines, compare, references
 from metrics import spread
 from quality_frame import quality_note
 from result_frame import describe_setting, successful, unique, values
@@ -130,7 +130,7 @@ def comparison_figure(frame: pd.DataFrame) -> Figure:
     figure, axes = titled_grid("KV cache strategies compared", sentences, len(panels), columns)
     for axis, panel in zip(axes, panels, strict=True):
         _draw_panel(axis, panel, contexts, styles, failed)
-    _draw_legend(figure, styles, baselines(frame).values(), bool(failed))
+    _draw_legend(figure, styles, references(frame).values(), bool(failed))
     return figure
 
 
@@ -167,9 +167,10 @@ def _panels(frame: pd.DataFrame) -> list[Panel]:
     stall = _bars_of_runs(frame, "stall_percent")
     hits = _bars_of_runs(frame, "hit_rate", 100.0)
     accuracy = _bars_of_runs(frame, "accuracy", 100.0)
+    against = "the baseline" if baselines(frame) else ", ".join(references(frame).values())
     return [
         Panel("Decode latency", "ms per token (lower is better)", latency),
-        Panel("Decode speed-up", "% against the baseline (above 0 is faster)", _speedup_bars(frame), signed=True),
+        Panel("Decode speed-up", f"% against {against} (above 0 is faster)", _speedup_bars(frame), signed=True),
         Panel("KV cache on the device, staging included", "MiB (lower is better)", memory),
         Panel("Stall: compute waiting for pages", "% of decode time (lower is better)", stall),
         Panel("Hit rate: pages there in time", "% of accesses (higher is better)", hits, to_hundred=True),

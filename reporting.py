@@ -24,9 +24,13 @@ from comparison import (
     baselines,
     compare,
     mean,
+    overall_speedup,
     paired_std,
+    references,
     repetition_std,
+    wide_cells,
 )
+from intervals import RESAMPLES
 from metrics import SCHEMA_VERSION, spread
 from quality_frame import records, task_scores
 from registry import MODES
@@ -42,6 +46,7 @@ from result_frame import (
     values,
 )
 from result_tables import markdown_tables, print_tables, tables
+from run_statistics import WIDE_PERCENT, Ratio, median_with_interval
 from utils import write_json
 
 if TYPE_CHECKING:
@@ -71,6 +76,9 @@ FIDELITY = {
 # The same for all that is averaged over successful runs.
 AVERAGES = {
     "average_latency_ms": "tpot_ms",
+    "average_itl_p50_ms": "itl_p50_ms",
+    "average_itl_p90_ms": "itl_p90_ms",
+    "average_itl_p99_ms": "itl_p99_ms",
     "average_ttft_ms": "ttft_ms",
     "average_total_ms": "e2e_ms",
     "average_tokens_per_second": "tokens_per_second",
@@ -101,6 +109,8 @@ AVERAGES = {
     "average_power_w": "mean_power_w",
     "average_energy_j": "energy_j",
 }
+# Those whose median over runs has an interval in `by_context`.
+WITH_INTERVAL = ("tpot_ms", "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "ttft_ms", "tokens_per_second")
 # Those whose spread stands beside them; `by_context` has the spread of all. Latency has its own `latency_std_ms`.
 SPREAD_AVERAGES = (
     "average_tokens_per_second",
@@ -118,6 +128,14 @@ DEFINITIONS = {
     " successful_runs, or for a compared figure of the pairs that paired_* are.",
     "latency_ms": "TPOT = (E2E - TTFT) / (N - 1): decode time per token in milliseconds, for N tokens.",
     "latency_std_ms": "Standard deviation of latency between repetitions, pooled over context lengths.",
+    "itl_p50_ms, itl_p90_ms, itl_p99_ms": "Percentiles of the times between a run's tokens in decode, each run's own;"
+    " averaged over runs.",
+    "by_context": "Of the successful runs at one context length n, mean, median, std, min and max; low and high: 95 %"
+    f" percentile bootstrap interval of the median over runs, {RESAMPLES} resamples, null of fewer than two runs.",
+    "warmup_runs": "Runs made and thrown away before the first repetition of a strategy at a context length; no figure"
+    " here has them in it.",
+    "warnings": "Cells whose runs differ by more than"
+    f" {WIDE_PERCENT:g} %: 100 x (largest - smallest) / median of latency_ms over runs.",
     "ttft_ms": "Time from start to first token in milliseconds: the prefill.",
     "tokens_per_second": "N / E2E of one sequence, prefill included; batch_tokens_per_second: x batch.",
     "cache_hit_rate": "Hits / accesses in decode, 0 to 1; an access is a page wanted by a layer in a step, a hit one"
@@ -154,11 +172,18 @@ DEFINITIONS = {
     " of a cell, averaged over cells; negative is slower.",
     "throughput_speedup_percent": "100 x (tokens_per_second / baseline tokens_per_second - 1), medians"
     " over the repetitions of a cell, averaged over cells.",
+    "speedup_ratio": "Latency of compared_with / latency_ms of each repetition against the same one of compared_with,"
+    " above 1 is faster; ratio: median over the pairs of a cell, over cells the geometric mean of the medians; low and"
+    " high: its 95 % interval, resampling pairs within cells; verdict: 'no difference shown' where 1 lies within. Up to"
+    " 5 pairs the interval of a cell is their range, which holds the true median in 1 - 2^(1 - n) of cases: 75 % for"
+    " n = 3.",
     "*_reduction_percent": "100 x (1 - MiB / baseline MiB), medians over the repetitions of a cell, averaged.",
     "paired_speedup_percent": "latency_speedup_percent of each repetition against the baseline's same one.",
     "paired_throughput_percent": "throughput_speedup_percent of each repetition against the baseline's same one.",
     "link": "What pages travelled over, of each strategy that pages; null for one that does not.",
-    "compared_with": "Of each workload the first baseline with a dynamic cache, else the first baseline.",
+    "compared_with": "Of each workload the first baseline with a dynamic cache, else the first baseline; where no"
+    " baseline succeeded, the first reactive strategy, with which the predictive ones are compared, and 'baseline' in"
+    " comparative_analysis means that one.",
     "matches_baseline": "Whether all runs that were checked gave the baseline's tokens; null if none was.",
 }
 SIMULATED = (
@@ -213,6 +238,7 @@ def summarise(
             strategy: {
                 "mode": runs["mode"].iloc[0],
                 "link": "; ".join(unique(runs, "link")) or None,
+                "warmup_runs": max(unique(runs, "warmup_runs"), default=None),
                 **_averages(runs),
                 "by_context": _by_context(runs),
                 "task_scores": records(
@@ -224,9 +250,10 @@ def summarise(
         "comparative_analysis": comparative_analysis,
         "machines": unique(frame, "machine"),
         "links": unique(frame, "link"),
+        "warnings": _warnings(frame),
         "failures": failures.to_dict("records"),
         "unreadable_files": problems,
-        "not_measured": _not_measured(mode_summaries, comparative_analysis),
+        "not_measured": _not_measured(mode_summaries, comparative_analysis, _reactive_references(frame)),
         "definitions": {**DEFINITIONS, **_simulated(frame)},
     }
     return _strict(summary)
@@ -267,10 +294,28 @@ def _by_context(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """For each context length, n and spread of whatever was measured there."""
     contexts = []
     for context, at_context in successful(runs).groupby("context_tokens"):
-        spreads = {key.removeprefix("average_"): spread(values(at_context, column)) for key, column in AVERAGES.items()}
+        spreads = {key.removeprefix("average_"): _spread(at_context, column) for key, column in AVERAGES.items()}
         measured = {key: figures for key, figures in spreads.items() if figures["n"]}
         contexts.append({"context_tokens": context, **measured})
     return contexts
+
+
+def _spread(runs: pd.DataFrame, column: str) -> dict[str, Any]:
+    measured = values(runs, column)
+    return {**spread(measured), **(median_with_interval(measured) if column in WITH_INTERVAL else {})}
+
+
+def _warnings(frame: pd.DataFrame) -> list[str]:
+    return [
+        f"{strategy} at {context} tokens: runs differ by {wide:.1f} % of their median latency"
+        for strategy, context, wide in wide_cells(frame)
+    ]
+
+
+def _reactive_references(frame: pd.DataFrame) -> list[str]:
+    """The reactive strategies that stand in for a baseline."""
+    own = baselines(frame)
+    return list(dict.fromkeys(name for workload, name in references(frame).items() if workload not in own))
 
 
 def _comparative_analysis(frame: pd.DataFrame) -> dict[str, Any]:
@@ -284,7 +329,7 @@ def _comparative_analysis(frame: pd.DataFrame) -> dict[str, Any]:
     for comparison in comparisons:
         by_strategy.setdefault(comparison.strategy, []).append(comparison)
     return {
-        "compared_with": list(dict.fromkeys(baselines(frame).values())),
+        "compared_with": list(dict.fromkeys(references(frame).values())),
         **{mode: _compared(own) for mode, own in by_mode.items()},
         "by_strategy": {
             strategy: {**_compared(own), "by_context": [_comparison_figures(c) for c in own]}
@@ -294,21 +339,32 @@ def _comparative_analysis(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _compared(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    overall = overall_speedup(comparisons)
     stds = {figure: paired_std(comparisons, figure) for figure in PAIRED}
-    return {"cells": len(comparisons), **average_over_cells(comparisons), "std": stds}
+    return {"cells": len(comparisons), **average_over_cells(comparisons), "std": stds, "speedup_ratio": _ratio(overall)}
+
+
+def _ratio(ratio: Ratio) -> dict[str, Any]:
+    return {**dataclasses.asdict(ratio), "verdict": ratio.verdict}
 
 
 def _comparison_figures(comparison: Comparison) -> dict[str, Any]:
     figures = dataclasses.asdict(comparison)
     figures["paired_speedup_percent"] = spread(figures.pop("paired_speedups_percent"))
     figures["paired_throughput_percent"] = spread(figures.pop("paired_gains_percent"))
+    del figures["paired_log_ratios"]
+    figures["speedup_ratio"] = _ratio(comparison.speedup)
     return figures
 
 
 NO_REPETITIONS = "no context has two successful repetitions, which a spread needs"
+NO_PAIR = "no repetition succeeded on both sides with a latency"
+FEW_PAIRS = "a cell has fewer than two pairs, which an interval needs"
 
 
-def _not_measured(mode_summaries: dict[str, Any], comparative_analysis: dict[str, Any]) -> dict[str, str]:
+def _not_measured(
+    mode_summaries: dict[str, Any], comparative_analysis: dict[str, Any], reactive_references: Sequence[str]
+) -> dict[str, str]:
     """Why a figure is null, by its path in the summary."""
     reasons = {}
     for mode, figures in mode_summaries.items():
@@ -319,10 +375,17 @@ def _not_measured(mode_summaries: dict[str, Any], comparative_analysis: dict[str
             reasons[f"mode_summaries.{mode}.std.{key}"] = reason
         compared = comparative_analysis.get(mode, {})
         for key in (key for key, value in compared.items() if value is None):
-            reasons[f"comparative_analysis.{mode}.{key}"] = _why_not_compared(mode, compared["cells"])
+            reasons[f"comparative_analysis.{mode}.{key}"] = _why_not_compared(
+                mode, compared["cells"], reactive_references
+            )
         for key in (key for key, value in compared.get("std", {}).items() if value is None):
-            reason = _why_not_compared(mode, compared["cells"]) if compared[key] is None else NO_REPETITIONS
+            unknown = compared[key] is None
+            reason = _why_not_compared(mode, compared["cells"], reactive_references) if unknown else NO_REPETITIONS
             reasons[f"comparative_analysis.{mode}.std.{key}"] = reason
+        ratio = compared.get("speedup_ratio", {})
+        for key in (key for key, value in ratio.items() if value is None):
+            reason = NO_PAIR if compared["cells"] else _why_not_compared(mode, 0, reactive_references)
+            reasons[f"comparative_analysis.{mode}.speedup_ratio.{key}"] = FEW_PAIRS if ratio["n_pairs"] else reason
     return reasons
 
 
@@ -348,7 +411,9 @@ def _why_null(mode: str, key: str, successful_runs: int) -> str:
     return "no run has a value for it"
 
 
-def _why_not_compared(mode: str, cells: int) -> str:
+def _why_not_compared(mode: str, cells: int, reactive_references: Sequence[str]) -> str:
+    if not cells and mode == "reactive" and reactive_references:
+        return f"no baseline run succeeded; predictive runs were compared with {', '.join(reactive_references)}"
     if not cells:
         return f"no cell holds both a successful {mode} run and one of its baseline"
     return "no cell has a value for it on both sides"

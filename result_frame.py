@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metrics import SCHEMA_VERSION, percent, ratio
+from metrics import ITL_PERCENTILES, SCHEMA_VERSION, percent, percentile, ratio
 from registry import MODES
 
 if TYPE_CHECKING:  # takes long to import, and whoever only asks for help should not wait for it
@@ -114,6 +114,7 @@ _COUNTS = {
     "repetition": "spec.repetition",
     "batch_size": "spec.batch_size",
     "max_new_tokens": "spec.max_new_tokens",
+    "warmup_runs": "spec.warmup_runs",
     "requested_tokens": "context.requested_tokens",
     "page_size": "spec.paging.page_size",
     "n_pages": "cache.n_pages",
@@ -197,9 +198,10 @@ def to_frame(results: Iterable[Result]) -> pd.DataFrame:
     """One row per run, baseline first; missing values are NA.
 
     The columns are those named above, and `strategy` (its label), `status`, `workload`, `context_tokens` (what the
-    prompt had, or, for a run that did not get so far, was to have), `prefetch_hit_rate`, and `link` and `machine` in
-    words. Rates are fractions; `_mb` is MiB, 2^20 bytes. Of an experiment's repetitions only the first has its fidelity
-    measured (`kl_mean` in nats, and so on), since the others give the same; scores of tasks are in `quality_frame.py`.
+    prompt had, or, for a run that did not get so far, was to have), `prefetch_hit_rate`, `itl_p50_ms`, `itl_p90_ms` and
+    `itl_p99_ms` (percentiles of the run's own times between tokens), and `link` and `machine` in words. Rates are
+    fractions; `_mb` is MiB, 2^20 bytes. Of an experiment's repetitions only the first has its fidelity measured
+    (`kl_mean` in nats, and so on), since the others give the same; scores of tasks are in `quality_frame.py`.
     """
     import pandas as pd
 
@@ -212,6 +214,7 @@ def to_frame(results: Iterable[Result]) -> pd.DataFrame:
         ("prefetch_hit_rate", _prefetch_hit_rate, "Float64"),
         ("select_percent", partial(_stage_percent, "select_ms"), "Float64"),
         ("predict_percent", partial(_stage_percent, "predict_ms"), "Float64"),
+        *((f"itl_p{share}_ms", partial(_itl_percentile, share), "Float64") for share in ITL_PERCENTILES),
         ("link", describe_link, "string"),
         ("machine", _describe_machine, "string"),
     ):
@@ -291,6 +294,14 @@ def _prefetch_hit_rate(result: Result) -> float | None:
 def _stage_percent(stage: str, result: Result) -> float | None:
     """A stage of paging, as a percentage of decode time."""
     return percent(number_at(result, f"cache.stages.{stage}"), number_at(result, "timing.decode_ms"))
+
+
+def _itl_percentile(share: float, result: Result) -> float | None:
+    """From the times themselves, which every result has; one that is no number makes them all suspect."""
+    times_ms = dig(result, "timing.itl_ms")
+    if not isinstance(times_ms, list) or any(number_at({"ms": ms}, "ms") is None for ms in times_ms):
+        return None
+    return percentile(times_ms, share)
 
 
 def describe_link(result: Result) -> str | None:

@@ -4,7 +4,8 @@ What can stand in a row is written down once, in `CELLS`: heading -> text of a `
 context length or over all. A table is then a title, some headings, its rows, and a caption that says what they mean.
 
 Every average stands beside its n. Its spread stands beside it too, or, where 80 columns leave no room, the largest of
-its column in the caption (`SPREADS`). What was not measured is an em dash.
+its column in the caption (`SPREADS`). A median or a ratio has its 95 % interval beneath it. What was not measured is an
+em dash.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from comparison import (
     Comparison,
     all_match,
     average_over_cells,
-    baselines,
     compare,
     mean,
+    overall_speedup,
     paired_std,
+    references,
     repetition_std,
+    wide_cells,
 )
 from quality_tables import quality_table, reading_table, tasks_table
 from result_frame import describe_setting, failed, successful, unique, values
-from text_tables import DASH, Table, decimals, link_note, number_text
+from run_statistics import NO_DIFFERENCE, WIDE_PERCENT, median_with_interval
+from text_tables import DASH, Table, decimals, link_note, number_text, ratio_text
 
 if TYPE_CHECKING:  # both take long to import, and `main.py --help` should not wait for them
     import pandas as pd
@@ -44,8 +48,8 @@ def markdown_tables(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> 
 
 
 def tables(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> list[Table]:
-    """All tables that have something to say: strategies, quality, reading, tasks, contexts, memory, paging, prediction,
-    failures.
+    """All tables that have something to say: strategies, quality, reading, tasks, contexts, times of tokens, memory,
+    paging, prediction, failures.
 
     Args:
         frame: of `to_frame`.
@@ -53,7 +57,8 @@ def tables(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> list[Tabl
     """
     made = [strategy_table(frame), quality_table(frame), reading_table(frame)]
     made += [] if scores is None else [tasks_table(scores)]
-    made += [make(frame) for make in (context_table, memory_table, paging_table, prediction_table, failure_table)]
+    others = (context_table, token_time_table, memory_table, paging_table, prediction_table, failure_table)
+    made += [make(frame) for make in others]
     return [table for table in made if table.rows]
 
 
@@ -90,6 +95,16 @@ class Row:
             return number_text(average)
         return f"{number_text(average)} ± {std:.{decimals(average)}f}"
 
+    def median_and_interval(self, column: str) -> str:
+        found = median_with_interval(values(self.runs, column))
+        return with_interval(number_text, found["median"], found["low"], found["high"])
+
+    def speedup(self) -> str:
+        if self.is_reference:
+            return "ref."
+        found = overall_speedup(self.comparisons)
+        return with_interval(ratio_text, found.ratio, found.low, found.high)
+
     def std(self, column: str) -> float | None:
         return repetition_std(self.runs, column)
 
@@ -111,14 +126,21 @@ class Row:
         return DASH if sizes.empty else "{} x {}".format(*sizes.iloc[0])
 
 
+def with_interval(text: Callable[[float], str], value: float | None, low: float | None, high: float | None) -> str:
+    """A figure, and on a line of its own its interval, where it has one."""
+    if value is None:
+        return DASH
+    return text(value) if low is None else f"{text(value)}\n{text(low)}-{text(high)}"
+
+
 def _rows(frame: pd.DataFrame, by_context: bool) -> list[Row]:
     rows = []
-    comparisons, references = compare(frame), set(baselines(frame).values())
+    comparisons, compared_with = compare(frame), set(references(frame).values())
     for context in sorted(unique(frame, "context_tokens")) if by_context else [None]:
         in_context = frame if context is None else frame[frame["context_tokens"] == context]
         for strategy, started in in_context.groupby("strategy", sort=False):
             own = [c for c in comparisons if c.strategy == strategy and context in (None, c.context_tokens)]
-            rows.append(Row(strategy, str(context), len(started), successful(started), strategy in references, own))
+            rows.append(Row(strategy, str(context), len(started), successful(started), strategy in compared_with, own))
     return rows
 
 
@@ -129,9 +151,13 @@ CELLS: dict[str, Callable[[Row], str]] = {
     "n": Row.count,
     "prefill\nms": lambda row: row.mean("ttft_ms"),
     "latency\nms": lambda row: row.mean_and_std("tpot_ms"),
-    "speed-up\n%": lambda row: row.compared("latency_speedup_percent"),
+    "latency\nmedian ms": lambda row: row.median_and_interval("tpot_ms"),
+    "speed-up\nx": Row.speedup,
     "tokens\nper s": lambda row: row.mean("tokens_per_second"),
     "tok/s\ngain %": lambda row: row.compared("throughput_speedup_percent"),
+    "p50\nms": lambda row: row.median_and_interval("itl_p50_ms"),
+    "p90\nms": lambda row: row.median_and_interval("itl_p90_ms"),
+    "p99\nms": lambda row: row.median_and_interval("itl_p99_ms"),
     "stall\n%": lambda row: row.mean("stall_percent"),
     "hit\nrate %": lambda row: row.mean_percent("hit_rate"),
     "same\ntokens": lambda row: _same_tokens(row.runs),
@@ -158,7 +184,6 @@ CELLS: dict[str, Callable[[Row], str]] = {
 # Heading -> unit and name of its figures, and a row's std between repetitions.
 SPREADS: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
     "prefill\nms": (" ms", "prefill", lambda row: row.std("ttft_ms")),
-    "speed-up\n%": (" points", "speed-up (paired)", lambda row: row.std_compared("latency_speedup_percent")),
     "tokens\nper s": ("", "tokens per s", lambda row: row.std("tokens_per_second")),
     "tok/s\ngain %": (" points", "gain (paired)", lambda row: row.std_compared("throughput_speedup_percent")),
     "stall\n%": (" points", "stall", lambda row: row.std("stall_percent")),
@@ -218,26 +243,40 @@ def _same_tokens(runs: pd.DataFrame) -> str:
 
 
 def strategy_table(frame: pd.DataFrame) -> Table:
-    columns = "strategy", "n", "latency\nms", "speed-up\n%", "tokens\nper s", "stall\n%", "hit\nrate %"
+    rows = _rows(frame, by_context=False)
+    columns = "strategy", "n", "latency\nms", "speed-up\nx", "tokens\nper s", "stall\n%", "hit\nrate %"
     return _table(
         "Strategies: decode latency in ms per token (mean ± std of n runs)",
         (*columns, "mispred.\ncost %", "same\ntokens"),
-        _rows(frame, by_context=False),
+        rows,
         f"{describe_setting(frame)}\n"
-        f"Over all contexts, std between repetitions; speed-up from medians, against {_reference_names(frame)}."
+        "Over all contexts, std between repetitions. Speed-up: latency of"
+        f" {_reference_names(frame)} / latency, in pairs of runs made side by side: median of each context, geometric"
+        f" mean over contexts, 95 % interval beneath.{_verdict_note(rows, by_context=False)}{_wide_note(frame)}"
         f"{_coverage_note(frame)}{link_note(frame)}",
     )
 
 
 def context_table(frame: pd.DataFrame) -> Table:
-    columns = "context\ntokens", "strategy", "n", "prefill\nms", "latency\nms", "speed-up\n%", "tok/s\ngain %"
+    rows = _rows(frame, by_context=True)
+    columns = "context\ntokens", "strategy", "n", "prefill\nms", "latency\nmedian ms", "speed-up\nx", "tok/s\ngain %"
     return _table(
-        "By context length: decode latency in ms per token (mean ± std of n runs)",
+        "By context length: decode latency in ms per token (median of n runs, interval)",
         (*columns, "stall\n%", "hit\nrate %"),
-        _rows(frame, by_context=True),
-        "Speed-up: of decode. Gain: of tokens/s, prefill included. Both from medians, against"
-        f" {_reference_names(frame)}."
-        f"{_clamp_note(frame)}{link_note(frame)}",
+        rows,
+        f"Speed-up: of decode, latency of {_reference_names(frame)} / latency, median of the pairs of runs made side by"
+        f" side; 95 % intervals beneath.{_verdict_note(rows, by_context=True)} Gain: of tokens/s, prefill included,"
+        f" from medians. Prefill and the last columns: means.{_wide_note(frame)}{_clamp_note(frame)}{link_note(frame)}",
+    )
+
+
+def token_time_table(frame: pd.DataFrame) -> Table:
+    done = successful(frame)
+    return _table(
+        "Times between tokens in decode: percentiles of a run, median of n runs, interval",
+        ("context\ntokens", "strategy", "n", "p50\nms", "p90\nms", "p99\nms"),
+        _rows(done[done["itl_p50_ms"].notna()], by_context=True),
+        f"p90: nine tokens of ten took no longer. Beneath: 95 % interval.{link_note(done)}",
     )
 
 
@@ -292,7 +331,42 @@ def failure_table(frame: pd.DataFrame) -> Table:
 
 
 def _reference_names(frame: pd.DataFrame) -> str:
-    return ", ".join(dict.fromkeys(baselines(frame).values())) or "a baseline that succeeded (there is none)"
+    return ", ".join(dict.fromkeys(references(frame).values())) or "a baseline that succeeded (there is none)"
+
+
+def _verdict_note(rows: Sequence[Row], by_context: bool) -> str:
+    """Which speed-ups show no difference, which have no interval, and of how many pairs the others' are."""
+    named: dict[str, list[str]] = {}
+    pairs: set[int] = set()
+    for row in rows:
+        speedup = overall_speedup(row.comparisons)
+        name = f"{row.strategy} at {row.context}" if by_context else row.strategy
+        if speedup.ratio is not None and speedup.differs is not True:
+            named.setdefault(speedup.verdict or "", []).append(name)
+        if speedup.differs is not None:
+            pairs |= {len(comparison.paired_log_ratios) for comparison in row.comparisons}
+    within = {NO_DIFFERENCE: " (1 lies within the interval)"}
+    notes = [f" {words.capitalize()}{within.get(words, '')}: {', '.join(names)}." for words, names in named.items()]
+    if by_context and (few := sorted(n for n in pairs if 2 <= n <= 5)):
+        notes.append(
+            f" Of {few[0]} pairs the interval is their range, which holds the truth in {range_chance(few[0])}."
+        )
+    return "".join(notes)
+
+
+def range_chance(n_pairs: int) -> str:
+    """How often the range of so few pairs holds the true median; see `run_statistics`."""
+    return f"{100.0 * (1.0 - 2.0 ** (1 - n_pairs)):.0f} of 100 cases"
+
+
+def _wide_note(frame: pd.DataFrame) -> str:
+    cells = [f"{strategy} at {context} ({wide:.1f} %)" for strategy, context, wide in wide_cells(frame)]
+    if not cells:
+        return ""
+    return (
+        f" WARNING: runs differ by more than {WIDE_PERCENT:.0f} % ((largest - smallest) / median latency):"
+        f" {', '.join(cells)}."
+    )
 
 
 def _coverage_note(frame: pd.DataFrame) -> str:

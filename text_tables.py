@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DASH = "\N{EM DASH}"
-TEXT_HEADINGS = ("model", "strategy", "task", "note", "status", "error")  # the others head numbers
+# The others head numbers.
+TEXT_HEADINGS = (
+    "model",
+    "strategy",
+    "task",
+    "note",
+    "status",
+    "error",
+    "metric",
+    "verdict",
+    "what differs",
+    "in A",
+    "in B",
+    "why",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +90,13 @@ def number_text(value: float | None) -> str:
 def decimals(value: float) -> int:
     """As many as leave three digits or more, which say enough for any of these figures."""
     return 2 if abs(value) < 9.995 else 1 if abs(value) < 999.95 else 0
+
+
+def ratio_text(ratio: float) -> str:
+    """Two decimals, or three where two would read as no difference at all; beyond 1000 the figure says nothing more."""
+    if ratio > 1000:
+        return ">1000"
+    return f"{ratio:.3f}" if 0.995 <= ratio < 1.005 else f"{ratio:.2f}"
 
 
 def link_note(frame: pd.DataFrame) -> str:

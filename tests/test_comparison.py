@@ -5,10 +5,19 @@ from __future__ import annotations
 import math
 
 import pytest
-from result_fixtures import make_failure, make_result, make_sweep
+from result_fixtures import approximately, make_failure, make_result, make_sweep
 
 import reporting
-from comparison import baselines, compare, paired_std, repetition_std
+from comparison import (
+    baselines,
+    compare,
+    overall_speedup,
+    own_speedups,
+    paired_std,
+    references,
+    repetition_std,
+    wide_cells,
+)
 from metrics import spread
 from result_frame import to_frame
 
@@ -135,3 +144,84 @@ def test_the_spread_between_repetitions_leaves_out_that_contexts_differ():
 
 def test_the_spread_of_single_runs_is_missing():
     assert repetition_std(to_frame([make_result()]), "tpot_ms") is None
+
+
+def test_a_speedup_is_the_median_ratio_of_pairs_and_not_the_ratio_of_medians():
+    # Pairs: 100 / 50 = 2, 400 / 160 = 2.5, 300 / 100 = 3. Medians: 300 / 100 = 3.
+    baseline = [make_result(repetition=r, tpot_ms=t) for r, t in enumerate((100.0, 400.0, 300.0))]
+    reactive = [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((50.0, 160.0, 100.0))]
+    (comparison,) = compare(to_frame(baseline + reactive))
+    assert comparison.speedup.ratio == pytest.approx(2.5)
+    assert (comparison.speedup.low, comparison.speedup.high) == pytest.approx((2.0, 3.0))
+    assert comparison.speedup.verdict == "faster"
+    assert comparison.latency_speedup_percent == pytest.approx(200.0)  # 100 x (300 / 100 - 1), of medians
+
+
+def test_what_slows_both_of_a_pair_cancels_in_its_ratio():
+    baseline = [make_result(repetition=r, tpot_ms=t) for r, t in enumerate((100.0, 250.0, 400.0))]
+    reactive = [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((80.0, 200.0, 320.0))]
+    speedup = compare(to_frame(baseline + reactive))[0].speedup
+    assert (speedup.ratio, speedup.low, speedup.high) == pytest.approx((1.25, 1.25, 1.25))
+
+
+def test_a_repetition_that_only_one_side_finished_is_no_pair():
+    results = [make_result(), make_result(repetition=1), make_result("reactive"), make_result("reactive", repetition=2)]
+    speedup = compare(to_frame(results))[0].speedup
+    assert (speedup.n_pairs, speedup.low, speedup.verdict) == (1, None, "fewer than 2 pairs, so no interval")
+
+
+def test_cells_are_combined_by_the_geometric_mean():
+    results = make_sweep()
+    for result in results:  # at 1000 tokens the baseline is twice as fast as at 500, the others are not
+        if (result["spec"]["mode"], result["spec"]["context_length"]) == ("baseline", 1000):
+            result["timing"]["tpot_ms"] /= 2
+    comparisons = [c for c in compare(to_frame(results)) if c.strategy == "reactive"]
+    overall = overall_speedup(comparisons)
+    assert overall.ratio == pytest.approx(math.sqrt(101 / 81 * (101 / 81 / 2)))  # median pair: the second
+    assert (overall.n_pairs, overall.n_cells) == (6, 2)
+
+
+def test_each_run_has_its_own_speedup_over_the_same_repetition_of_the_baseline():
+    results = [make_result(repetition=0, tpot_ms=100.0), make_result(repetition=1, tpot_ms=300.0)]
+    results += [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((50.0, 75.0, 80.0))]
+    results += [make_failure(make_result("predictive"))]
+    assert own_speedups(to_frame(results)) == [None, None, 2.0, 4.0, None, None]
+    assert own_speedups(to_frame([])) == []
+    assert set(own_speedups(to_frame(without_baseline()))) == {None}
+
+
+def without_baseline():
+    return [result for result in make_sweep() if result["spec"]["mode"] != "baseline"]
+
+
+def test_without_a_baseline_predictive_runs_are_compared_with_the_reactive_ones_of_their_cell():
+    comparisons = compare(to_frame(without_baseline()))
+    assert {(c.strategy, c.baseline, c.context_tokens) for c in comparisons} == {
+        ("predictive", "reactive", 500),
+        ("predictive", "reactive", 1000),
+    }
+    assert comparisons[0].speedup.ratio == pytest.approx(81 / 51)
+
+
+def test_a_baseline_that_failed_is_none_and_one_that_succeeded_once_is_enough():
+    failed = [make_failure(result) for result in make_sweep() if result["spec"]["mode"] == "baseline"]
+    frame = to_frame(without_baseline() + failed)
+    assert list(references(frame).values()) == ["reactive"]
+    assert list(references(to_frame([*without_baseline(), *failed[1:], make_result()])).values()) == ["baseline"]
+
+
+def test_an_exact_reactive_strategy_stands_in_before_an_approximate_one():
+    results = [
+        approximately(make_result("reactive", name="part")),
+        make_result("reactive", name="all"),
+        make_result("predictive"),
+    ]
+    assert list(references(to_frame(results)).values()) == ["all"]
+    assert list(references(to_frame([results[0], results[2]])).values()) == ["part"]
+    assert references(to_frame(results[:2])) == {}  # without a predictive run there is nothing to compare
+
+
+def test_wide_cells_are_those_whose_range_exceeds_a_tenth_of_the_median():
+    results = [make_result(repetition=r, tpot_ms=t) for r, t in enumerate((95.0, 100.0, 105.1))]
+    results += [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((95.0, 100.0, 104.9))]
+    assert wide_cells(to_frame(results)) == [("baseline", 500, pytest.approx(10.1))]

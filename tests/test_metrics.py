@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from metrics import (
     Timing,
     cache_figures,
     percent,
+    percentile,
     prefetch_figures,
     ratio,
     speedup_percent,
@@ -415,3 +417,18 @@ def test_the_first_divergent_token_ends_the_longest_common_beginning(row, other)
 def test_batches_of_different_sizes_cannot_be_compared():
     with pytest.raises(ValueError):
         token_agreement([[1], [2]], [[1]])
+
+
+@pytest.mark.parametrize("share", [0, 10, 50, 90, 99, 100])
+def test_percentiles_are_those_of_numpy(share):
+    for n in (1, 2, 3, 10, 49):
+        times_ms = list(np.random.default_rng(n).exponential(50.0, n))
+        assert percentile(times_ms, share) == pytest.approx(np.percentile(times_ms, share))
+    assert percentile([], share) is None
+
+
+def test_a_timing_has_the_percentiles_of_its_times_between_tokens():
+    # 10, 20, ..., 110 ms: p50 is the 6th, p90 the 10th, p99 lies nine tenths from the 10th to the 11th.
+    block = Timing.from_token_times([5.0, *(5.0 + 10.0 * k * (k + 1) / 2 for k in range(1, 12))], 1, "test").to_dict()
+    assert [block[f"itl_p{share}_ms"] for share in (50, 90, 99)] == pytest.approx([60.0, 100.0, 109.0])
+    assert Timing.from_token_times([5.0], 1, "test").to_dict()["itl_p99_ms"] is None

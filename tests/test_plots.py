@@ -125,3 +125,10 @@ def test_dots_below_zero_are_inside_the_speed_up_panel():
     figure = plots.comparison_figure(to_frame(baseline + reactive))
     (axis,) = (axis for axis in figure.axes if axis.get_title(loc="left") == "Decode speed-up")
     assert axis.get_ylim()[0] < -50.0  # 100 x (100 / 200 - 1) = -50
+
+
+def test_a_speed_up_says_what_it_is_against_also_where_no_baseline_ran():
+    paged = [result for result in make_sweep() if result["spec"]["mode"] != "baseline"]
+    for results, against in ((make_sweep(), "% against the baseline"), (paged, "% against reactive")):
+        labels = [axis.get_ylabel() for axis in plots.comparison_figure(to_frame(results)).axes]
+        assert any(label.startswith(against) for label in labels)

@@ -85,6 +85,74 @@ def test_compared_figures_have_the_spread_of_their_pairs_beside_them():
     assert std["latency_speedup_percent"] == pytest.approx(25.0 / math.sqrt(2))  # +25 % and 0 %
 
 
+def test_a_speed_up_is_a_ratio_of_pairs_with_its_interval_and_verdict():
+    analysis = reporting.summarise(make_sweep())["comparative_analysis"]
+    # Pairs of predictive: 100 / 50, 101 / 51, 102 / 52 at both contexts, so the geometric mean is that of one.
+    for found, n_cells in (
+        (analysis["predictive"]["speedup_ratio"], 2),
+        (analysis["by_strategy"]["predictive"]["speedup_ratio"], 2),
+        (analysis["by_strategy"]["predictive"]["by_context"][0]["speedup_ratio"], 1),
+    ):
+        assert found["ratio"] == pytest.approx(101 / 51)
+        assert 1.96 < found["low"] < found["ratio"] < found["high"] < 2.01  # the range of the pairs, or within it
+        assert (found["n_pairs"], found["n_cells"], found["verdict"]) == (3 * n_cells, n_cells, "faster")
+    assert analysis["predictive"]["latency_speedup_percent"] == pytest.approx(100 * (101 / 51 - 1))
+
+
+def test_no_difference_is_said_to_be_none_that_was_shown():
+    results = [make_result(repetition=r) for r in (0, 1)]
+    results += [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((90.0, 110.0))]
+    ratio = reporting.summarise(results)["comparative_analysis"]["reactive"]["speedup_ratio"]
+    assert ratio["low"] < 1 < ratio["high"]
+    assert ratio["verdict"] == "no difference shown"
+
+
+def test_an_interval_that_is_missing_has_its_reason():
+    summary = reporting.summarise([make_result(), make_result("reactive")])
+    ratio = summary["comparative_analysis"]["reactive"]["speedup_ratio"]
+    assert (ratio["ratio"], ratio["low"], ratio["verdict"]) == (1.0, None, "fewer than 2 pairs, so no interval")
+    reasons = summary["not_measured"]
+    assert "fewer than two pairs" in reasons["comparative_analysis.reactive.speedup_ratio.low"]
+    assert "no cell holds both" in reasons["comparative_analysis.predictive.speedup_ratio.ratio"]
+
+
+def test_without_a_baseline_the_summary_says_what_was_compared_with_instead():
+    summary = reporting.summarise([result for result in make_sweep() if result["spec"]["mode"] != "baseline"])
+    analysis = summary["comparative_analysis"]
+    assert analysis["compared_with"] == ["reactive"]
+    assert analysis["predictive"]["latency_speedup_percent"] == pytest.approx(100 * (81 / 51 - 1))
+    assert analysis["reactive"]["latency_speedup_percent"] is None
+    reason = summary["not_measured"]["comparative_analysis.reactive.latency_speedup_percent"]
+    assert reason == "no baseline run succeeded; predictive runs were compared with reactive"
+    assert "first reactive strategy" in summary["definitions"]["compared_with"]
+
+
+def test_medians_over_runs_have_an_interval_and_percentiles_of_token_times_stand_beside_latency():
+    summary = reporting.summarise(make_sweep())
+    short = summary["strategy_summaries"]["reactive"]["by_context"][0]
+    assert (short["latency_ms"]["median"], short["latency_ms"]["low"], short["latency_ms"]["high"]) == (
+        81.0,
+        80.0,
+        82.0,
+    )
+    for share in (50, 90, 99):  # every token of a made-up run takes as long
+        assert short[f"itl_p{share}_ms"]["median"] == 81.0
+        assert summary["mode_summaries"]["reactive"][f"average_itl_p{share}_ms"] == pytest.approx(81.0)
+
+
+def test_runs_that_differ_much_are_warned_of():
+    results = [make_result(repetition=r, tpot_ms=t) for r, t in enumerate((100.0, 112.0))]
+    assert reporting.summarise(results)["warnings"] == [
+        "baseline at 500 tokens: runs differ by 11.3 % of their median latency"  # 12 / 106
+    ]
+    assert reporting.summarise(make_sweep())["warnings"] == []
+
+
+def test_how_often_a_strategy_was_warmed_up_is_said():
+    summary = reporting.summarise([make_result(warmup_runs=2), make_result("reactive")])["strategy_summaries"]
+    assert (summary["baseline"]["warmup_runs"], summary["reactive"]["warmup_runs"]) == (2, None)
+
+
 def test_what_was_made_under_a_simulated_link_says_so():
     summary = reporting.summarise(make_sweep())
     assert summary["strategy_summaries"]["reactive"]["link"] == "simulated pcie3-x16, 15.75 GB/s"

@@ -22,6 +22,7 @@ from result_tables import (
     print_tables,
     strategy_table,
     tables,
+    token_time_table,
 )
 
 
@@ -46,11 +47,12 @@ def test_the_strategy_table_says_speed_spread_waiting_and_cost():
     table = strategy_table(to_frame(make_sweep()))
     predictive = row_of(table, "predictive")
     assert predictive["latency\nms"] == "51.0 ± 1.0"  # 50, 51, 52 at each context
-    assert predictive["speed-up\n%"] == "+98.0"  # medians: 100 x (101 / 51 - 1) = 98.04
+    # Pairs 100 / 50, 101 / 51, 102 / 52: median 1.98, in both contexts. Nearly all resamples lie between the outer two.
+    assert predictive["speed-up\nx"] == "1.98\n1.96-2.00"
     assert (predictive["n"], predictive["stall\n%"], predictive["hit\nrate %"]) == ("6", "5.00", "75.0")
     assert (predictive["mispred.\ncost %"], predictive["same\ntokens"]) == ("16.0", "yes")
     assert row_of(table, "reactive")["mispred.\ncost %"] == "—"
-    assert row_of(table, "baseline")["speed-up\n%"] == "ref."
+    assert row_of(table, "baseline")["speed-up\nx"] == "ref."
     assert "link: simulated pcie3-x16, 15.75 GB/s" in table.caption
 
 
@@ -105,10 +107,10 @@ def with_stalls(*stalls_percent, context=500):
 
 @pytest.mark.parametrize("make_table", [strategy_table, context_table])
 def test_a_column_without_room_for_its_spread_has_it_in_the_caption(make_table):
-    # Stalls 5 and 6 %: std 0.71. Hit rates 75.0 and 75.2 %: std 0.14. Speed-up is +25 % in both pairs: 0.
+    # Stalls 5 and 6 %: std 0.71. Hit rates 75.0 and 75.2 %: std 0.14. All runs are as fast: 0.
     caption = make_table(to_frame(with_stalls(5.0, 6.0))).caption
     assert "at most 0.7 points for stall, 0.1 points for hit rate; 0 for" in caption
-    assert "speed-up (paired)" in caption.split("; 0 for")[1]
+    assert ("tokens per s" if make_table is strategy_table else "gain (paired)") in caption.split("; 0 for")[1]
 
 
 def test_the_spread_in_a_caption_is_that_of_the_row_with_the_most():
@@ -122,11 +124,68 @@ def test_a_spread_that_rounds_to_nothing_is_not_said_to_be_none():
     assert "<0.1 points for stall" in strategy_table(to_frame(with_stalls(5.0, 5.01))).caption
 
 
-def test_the_spread_of_a_speed_up_is_that_of_pairs():
-    # Pairs: 100 / 80 = +25 %, 100 / 100 = 0 %; std 25 / sqrt(2) = 17.7.
-    results = [make_result(repetition=r) for r in (0, 1)]
-    results += [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((80.0, 100.0))]
-    assert "17.7 points for speed-up (paired)" in strategy_table(to_frame(results)).caption
+def with_speeds(*times_ms, mode="reactive", context=500):
+    """A baseline of 100 ms a token, and a repetition of another mode for each time."""
+    results = [make_result(context=context, repetition=r) for r in range(len(times_ms))]
+    return results + [make_result(mode, context, r, tpot_ms=t) for r, t in enumerate(times_ms)]
+
+
+def test_a_speed_up_is_the_median_ratio_of_pairs_with_its_interval_beneath():
+    # Ratios 100 / 80, 100 / 100, 100 / 50 = 1.25, 1, 2. Of three pairs the interval is their range.
+    table = context_table(to_frame(with_speeds(80.0, 100.0, 50.0)))
+    assert row_of(table, "reactive")["speed-up\nx"] == "1.25\n1.000-2.00"
+    assert row_of(table, "reactive")["latency\nmedian ms"] == "80.0\n50.0-100.0"
+    assert "Of 3 pairs the interval is their range, which holds the truth in 75 of 100 cases." in table.caption
+
+
+@pytest.mark.parametrize(
+    ("make_table", "name"), [(strategy_table, "reactive"), (context_table, "reactive at 500")], ids=["all", "context"]
+)
+def test_a_speed_up_whose_interval_holds_1_shows_no_difference_and_one_pair_has_no_interval(make_table, name):
+    even = make_table(to_frame(with_speeds(80.0, 100.0, 120.0)))
+    assert f"No difference shown (1 lies within the interval): {name}." in even.caption
+    faster = make_table(to_frame(with_speeds(80.0, 90.0, 70.0)))
+    assert "o difference shown" not in faster.caption
+    single = make_table(to_frame(with_speeds(80.0)))
+    assert f"Fewer than 2 pairs, so no interval: {name}." in single.caption
+    assert row_of(single, "reactive")["speed-up\nx"] == "1.25"
+
+
+def test_over_contexts_a_speed_up_is_the_geometric_mean():
+    # 4 times faster at 500, as fast at 1000: sqrt(4 x 1) = 2.
+    frame = to_frame(with_speeds(25.0, 25.0) + with_speeds(100.0, 100.0, context=1000))
+    assert row_of(strategy_table(frame), "reactive")["speed-up\nx"] == "2.00\n2.00-2.00"
+
+
+@pytest.mark.parametrize("make_table", [strategy_table, context_table])
+def test_runs_that_differ_by_more_than_a_tenth_are_warned_of(make_table):
+    # (90 - 80) / 85 = 11.8 %; (88 - 80) / 84 = 9.5 %
+    caption = make_table(to_frame(with_speeds(80.0, 90.0) + with_speeds(80.0, 88.0, context=1000))).caption
+    assert (
+        "WARNING: runs differ by more than 10 % ((largest - smallest) / median latency): reactive at 500 (11.8 %)."
+        in (caption)
+    )
+    assert "WARNING" not in make_table(to_frame(with_speeds(80.0, 88.0))).caption
+
+
+@pytest.mark.parametrize("make_table", [strategy_table, context_table])
+def test_without_a_baseline_predictive_runs_are_compared_with_reactive_ones_by_name(make_table):
+    pairs = [
+        make_result(m, repetition=r, tpot_ms=t) for r in (0, 1) for m, t in (("reactive", 90.0), ("predictive", 60.0))
+    ]
+    table = make_table(to_frame(pairs))
+    assert row_of(table, "predictive")["speed-up\nx"] == "1.50\n1.50-1.50"
+    assert row_of(table, "reactive")["speed-up\nx"] == "ref."
+    assert "latency of reactive / latency" in table.caption
+
+
+def test_the_table_of_token_times_has_the_percentiles_of_each_runs_own_times():
+    result = make_result(n_tokens=12)
+    result["timing"]["itl_ms"] = [10.0 * k for k in range(1, 12)]  # 10 to 110: every 10th percentile is one of them
+    table = token_time_table(to_frame([result]))
+    assert table.rows == [("500", "baseline", "1", "60.0", "100.0", "109.0")]
+    result["timing"]["itl_ms"] = None
+    assert token_time_table(to_frame([result])).rows == []
 
 
 def test_single_runs_have_no_spread_to_tell_of():
@@ -207,7 +266,7 @@ def test_a_pipe_of_80_to_120_columns_cuts_no_number(width):
     text = printed(results, width)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
-    for number in ("12347 ± 1", "128000", "+98.0", "51.0 ± 1.0", "128 x 4", "[/red]"):
+    for number in ("12347 ± 1", "128000", "1.96-2.00", "51.0 ± 1.0", "128 x 4", "[/red]"):
         assert number in text, number
 
 
@@ -230,9 +289,9 @@ def test_a_number_just_below_zero_is_not_minus_zero():
 def test_markdown_holds_the_same_rows_and_survives_pipes_and_line_breaks():
     results = [*make_sweep((500,)), make_failure(make_result("reactive", repetition=5), error="a | b\nc")]
     markdown = markdown_tables(to_frame(results))
-    assert "| predictive | 3 | 51.0 ± 1.0 | +98.0 |" in markdown
+    assert "| predictive | 3 | 51.0 ± 1.0 | 1.98 1.96-2.00 |" in markdown
     assert "| reactive | 500 | out_of_memory | a \\| b c |" in markdown
-    assert "speed-up %" in markdown
+    assert "speed-up x" in markdown
 
 
 def test_no_results_give_no_tables():
