@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comparison import baselines
+from comparison import compare
 from intervals import bootstrap
 from metrics import ratio
 from plots import COLOURS, INK, Cell, clear_frame, legend_below, line_styles, titled_grid
 from quality_frame import quality_note
 from result_frame import (
-    CELL,
     Result,
     context_tokens,
     describe_setting,
@@ -81,22 +80,6 @@ def measured_by_cell(frame: pd.DataFrame, column: str) -> dict[Cell, Measured]:
     return {cell: Measured.of(found) for cell, found in figures.items() if found}
 
 
-def paired_speedups(frame: pd.DataFrame) -> dict[Cell, list[float]]:
-    """Baseline's time per token over the strategy's, one ratio for each repetition that both ran; above 1 is faster."""
-    references, pairs = baselines(frame), {}
-    for (workload, context), cell in successful(frame).groupby(CELL, sort=False):
-        reference = cell[cell["strategy"] == references.get(workload)].set_index("repetition")["tpot_ms"].dropna()
-        for strategy, runs in cell.groupby("strategy", sort=False):
-            if strategy == references.get(workload):
-                continue
-            own = runs.set_index("repetition")["tpot_ms"].dropna()
-            shared = [repetition for repetition in own.index if repetition in reference.index]
-            ratios = [ratio(float(reference[repetition]), float(own[repetition])) for repetition in shared]
-            if found := [one for one in ratios if one is not None]:
-                pairs[strategy, int(context)] = found
-    return pairs
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # By context
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,7 +92,11 @@ def latency_figure(frame: pd.DataFrame, results: Sequence[Result]) -> Figure | N
 
 def speedup_figure(frame: pd.DataFrame, results: Sequence[Result]) -> Figure | None:
     """Median of the paired speed-ups of every strategy over the baseline, by context, with a line at 1."""
-    points = {cell: Measured.of(ratios) for cell, ratios in paired_speedups(frame).items()}
+    points = {
+        (compared.strategy, compared.context_tokens): Measured(paired.ratio, paired.low, paired.high, paired.n_pairs)
+        for compared in compare(frame)
+        if (paired := compared.speedup).ratio is not None
+    }
     words = "Each run against the baseline's of the same repetition; above 1 is faster."
     unit = "times as fast as the baseline"
     return _context_figure(frame, "Decode speed-up by context", unit, points, (1.0, "the baseline"), words, "pairs")

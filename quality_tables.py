@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from comparison import mean
 from quality_frame import LEAST_NATS, approximate, nats_text, records
 from result_frame import successful, unique, values
-from text_tables import DASH, Table, link_note, number_text
+from text_tables import DASH, Table, caveats, number_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,9 +30,9 @@ def quality_table(frame: pd.DataFrame) -> Table:
 
     It has rows if any run is approximate or had its fidelity measured: then of every strategy with a successful run.
     """
-    done, approximations = successful(frame), approximate(frame)
+    done = successful(frame)
     n_tokens = values(done, "fidelity_tokens")
-    is_there = bool(n_tokens or values(done, "kl_mean") or len(approximations))
+    is_there = bool(n_tokens or values(done, "kl_mean") or len(approximate(frame)))
     return Table(
         "Quality beside what it costs: decode latency and KV cache on the device",
         (
@@ -45,11 +45,11 @@ def quality_table(frame: pd.DataFrame) -> Table:
             "first\nother\ntoken",
         ),
         _by_context(done, _cost_and_fidelity) if is_there else [],
-        f"{_approximations_note(done, approximations)} Fidelity: measured once for all repetitions"
+        f"Fidelity: measured once for all repetitions"
         f"{_how_many(n_tokens)}, both caches being read the same text; in brackets 95 % confidence over those tokens."
         " KL: mean divergence of what the model would say next from what it says with the baseline's cache; 0: the"
         " same. Top-1: steps with the same likeliest token. First other token: of the timed generation, from 0, where"
-        f" it leaves the baseline's.{_reference_note(done)}{_error_note(done)}{link_note(done)}",
+        f" it leaves the baseline's.{_reference_note(done)}{_error_note(done)}{caveats(done)}",
     )
 
 
@@ -141,14 +141,6 @@ def _perplexity(runs: pd.DataFrame) -> str:
 def _four_digits(value: float) -> str:
     decimals = 2 if value < 99.995 else 1 if value < 999.95 else 0
     return f"{value:.{decimals}f}"
-
-
-def _approximations_note(done: pd.DataFrame, approximations: pd.DataFrame) -> str:
-    names = unique(approximations, "strategy")
-    if not names:
-        return "All of these are exact."
-    some_exact = len(unique(done, "strategy")) > len(names)
-    return f"Approximate: {', '.join(names)}{'; the others are exact' if some_exact else ''}."
 
 
 def _how_many(n_tokens: list[float]) -> str:

@@ -29,7 +29,7 @@ from comparison import (
 from quality_tables import quality_table, reading_table, tasks_table
 from result_frame import describe_setting, failed, successful, unique, values
 from run_statistics import NO_DIFFERENCE, WIDE_PERCENT, median_with_interval
-from text_tables import DASH, Table, decimals, link_note, number_text, ratio_text
+from text_tables import DASH, Table, caveats, decimals, number_text, ratio_text
 
 if TYPE_CHECKING:  # both take long to import, and `main.py --help` should not wait for them
     import pandas as pd
@@ -253,7 +253,7 @@ def strategy_table(frame: pd.DataFrame) -> Table:
         "Over all contexts, std between repetitions. Speed-up: latency of"
         f" {_reference_names(frame)} / latency, in pairs of runs made side by side: median of each context, geometric"
         f" mean over contexts, 95 % interval beneath.{_verdict_note(rows, by_context=False)}{_wide_note(frame)}"
-        f"{_coverage_note(frame)}{link_note(frame)}",
+        f"{_coverage_note(frame)}{caveats(frame)}",
     )
 
 
@@ -266,7 +266,7 @@ def context_table(frame: pd.DataFrame) -> Table:
         rows,
         f"Speed-up: of decode, latency of {_reference_names(frame)} / latency, median of the pairs of runs made side by"
         f" side; 95 % intervals beneath.{_verdict_note(rows, by_context=True)} Gain: of tokens/s, prefill included,"
-        f" from medians. Prefill and the last columns: means.{_wide_note(frame)}{_clamp_note(frame)}{link_note(frame)}",
+        f" from medians. Prefill and the last columns: means.{_wide_note(frame)}{_clamp_note(frame)}{caveats(frame)}",
     )
 
 
@@ -276,7 +276,7 @@ def token_time_table(frame: pd.DataFrame) -> Table:
         "Times between tokens in decode: percentiles of a run, median of n runs, interval",
         ("context\ntokens", "strategy", "n", "p50\nms", "p90\nms", "p99\nms"),
         _rows(done[done["itl_p50_ms"].notna()], by_context=True),
-        f"p90: nine tokens of ten took no longer. Beneath: 95 % interval.{link_note(done)}",
+        f"p90: nine tokens of ten took no longer. Beneath: 95 % interval.{caveats(done)}",
     )
 
 
@@ -289,7 +289,7 @@ def memory_table(frame: pd.DataFrame) -> Table:
         _rows(successful(frame), by_context=True),
         f"Saved: compared with {_reference_names(frame)}. Device KV: page pool and staging slots together."
         " Page size x budget: tokens a page x pages per layer and sequence."
-        f"{'' if used_gpu else ' No GPU was used, so there is no GPU memory to report.'}",
+        f"{'' if used_gpu else ' No GPU was used, so there is no GPU memory to report.'}{caveats(frame)}",
     )
 
 
@@ -303,7 +303,7 @@ def paging_table(frame: pd.DataFrame) -> Table:
         _rows(paged, by_context=False),
         "Over LRU: hit rate above that of plain LRU with the same budget on the same requests, in points; + staging: of"
         " an LRU that held pages in the staging slots too. Choosing, predicting and waiting for pages: of decode time."
-        f"{link_note(paged)}",
+        f"{caveats(paged)}",
     )
 
 
@@ -316,7 +316,7 @@ def prediction_table(frame: pd.DataFrame) -> Table:
         _rows(done[done["prefetch_issued"].notna()], by_context=False),
         "Prefetch hits: there in time, so that computing did not wait / issued. Accuracy: wanted / issued."
         " Coverage: wanted / (wanted + misses). Timeliness: there in time / wanted. Misprediction cost: bytes"
-        f" copied in and not used / all bytes copied in.{link_note(done[done['prefetch_issued'].notna()])}",
+        f" copied in and not used / all bytes copied in.{caveats(done[done['prefetch_issued'].notna()])}",
     )
 
 

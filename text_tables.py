@@ -10,6 +10,7 @@ import dataclasses
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from quality_frame import quality_note
 from result_frame import under_simulated_link
 
 if TYPE_CHECKING:
@@ -99,10 +100,11 @@ def ratio_text(ratio: float) -> str:
     return f"{ratio:.3f}" if 0.995 <= ratio < 1.005 else f"{ratio:.2f}"
 
 
-def link_note(frame: pd.DataFrame) -> str:
-    """Whose figures are modelled, as far as a link delayed the copies."""
-    links = under_simulated_link(frame).items()
-    return "".join(
+def caveats(frame: pd.DataFrame) -> str:
+    """Whose answers are approximate, and by how much; and whose figures are modelled, as far as a link delayed the
+    copies."""
+    links, approximations = under_simulated_link(frame).items(), quality_note(frame)
+    return (f" {approximations}" if approximations else "") + "".join(
         f" Figures of {', '.join(strategies)} are under a simulated link ({link.removeprefix('simulated ')})."
         for link, strategies in links
     )

@@ -86,8 +86,11 @@ def test_a_speed_up_is_taken_pair_by_pair_of_the_same_repetition():
     baseline = [make_result(repetition=n, tpot_ms=100.0 * (n + 1)) for n in range(3)]
     reactive = [make_result("reactive", repetition=n, tpot_ms=50.0 * (n + 1)) for n in range(2)]
     alone = make_result("reactive", repetition=7, tpot_ms=1.0)  # no baseline of this repetition
-    pairs = paper_plots.paired_speedups(to_frame([*baseline, *reactive, alone]))
-    assert pairs == {("reactive", 500): [2.0, 2.0]}
+    results = [*baseline, *reactive, alone]
+    figure = paper_plots.speedup_figure(to_frame(results), results)
+    (line,) = lines(figure, "medians")
+    assert list(line.get_ydata()) == pytest.approx([2.0])
+    assert "Median of n = 2 pairs" in header(figure)
 
 
 def test_lines_go_through_the_medians_at_their_contexts():
