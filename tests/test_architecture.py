@@ -58,6 +58,7 @@ LAYERS = (
     "reporting",
     "result_tables",
     "quality_tables",
+    "run_settings",
     "table_formats",
     "html_text",
     "text_tables",
