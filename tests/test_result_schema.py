@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 from conftest import TINY_LLAMA
 
@@ -95,7 +96,6 @@ def test_what_a_run_leaves_behind_is_a_result(results, kind):
 
 
 def test_the_json_schema_says_the_same_as_the_check(results):
-    jsonschema = pytest.importorskip("jsonschema")
     schema = result_schema.json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
