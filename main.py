@@ -221,18 +221,22 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
 def summarise(
     results: Sequence[RunResult], seconds: float, n_planned: int, interrupted: bool, arguments: argparse.Namespace
 ) -> None:
-    """Write the summary and the plots, print the tables."""
+    """Write the summary, the plots, the exports and the report, print the tables."""
+    from exports import write_exports
+    from report_html import write_report
     from reporting import print_tables, task_scores, to_frame, write_summary
 
     blocks = [result.to_dict() for result in results]
-    write_summary(arguments.output, seconds, blocks, n_planned, interrupted)
+    summary = write_summary(arguments.output, seconds, blocks, n_planned, interrupted)
     frame = to_frame(blocks)
     print_tables(frame, _stdout(), task_scores(blocks))
     if not arguments.no_plots:
         from plot_list import save_all_plots
 
         save_all_plots(blocks, arguments.output, arguments.plot_format or ["png"])
-    print(f"results: {arguments.output}, summary: {arguments.output / 'experiment_summary.json'}")
+    write_exports(blocks, frame, arguments.output)
+    report = write_report(blocks, frame, summary, arguments.output, plots=not arguments.no_plots)
+    print(f"results: {arguments.output}, summary: {arguments.output / 'experiment_summary.json'}, report: {report}")
 
 
 def log_to(folder: Path, verbose: bool) -> None:

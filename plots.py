@@ -114,8 +114,11 @@ def parse_formats(text: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------
 
 
-def comparison_figure(frame: pd.DataFrame) -> Figure:
+def comparison_figure(frame: pd.DataFrame, columns: int | None = None) -> Figure:
     """All strategies at all contexts, one panel per question that the results answer.
+
+    Args:
+        columns: panels side by side at most; three, or two of a few, unless said.
 
     Raises:
         ValueError: no run succeeded, so there is nothing to draw.
@@ -125,7 +128,7 @@ def comparison_figure(frame: pd.DataFrame) -> Figure:
         raise ValueError("no successful run to draw")
     styles, failed = strategy_styles(unique(frame, "strategy")), _failed_cells(frame)
     contexts = sorted(unique(frame, "context_tokens"))
-    columns = min(len(panels), 3 if len(panels) > 4 else 2)
+    columns = min(len(panels), columns or (3 if len(panels) > 4 else 2))
     sentences = [describe_setting(frame), _reading(frame), quality_note(frame)]
     figure, axes = titled_grid("KV cache strategies compared", sentences, len(panels), columns)
     for axis, panel in zip(axes, panels, strict=True):

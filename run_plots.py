@@ -44,21 +44,6 @@ def latency_trace_figure(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def layer_figure(results: Sequence[Result]) -> Figure:
-    """The decode hit rate of every paged layer, one line per strategy that pages, at its longest context."""
-    looks, chosen = _looks_of(results), longest_runs(results)
-    figure, axis = _single_axis(f"Hit rate by layer{_link_words(chosen.values())}", "layer", "% of accesses")
-    for name, run in chosen.items():
-        layers = [layer for layer in dig(run, "cache.by_layer") or [] if layer["accesses"]]
-        if layers:
-            places = [layer["layer"] for layer in layers]
-            rates = [100.0 * layer["hits"] / layer["accesses"] for layer in layers]
-            axis.plot(places, rates, **looks[name] | {"markersize": 5}, label=_label(name, run))
-    axis.set_ylim(0, 105)
-    _legend_of_axis(figure)
-    return figure
-
-
 def _label(name: str, run: Result) -> str:
     """What a legend calls a strategy's run: its context, and of an approximate one its quality."""
     parts = (name, f"{context_tokens(run):,} tokens of context", describe_quality(run))

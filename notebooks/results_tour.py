@@ -37,6 +37,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path("..").resolve()))  # the modules stand one folder up
 
+import paper_plots
 import plots
 import quality_frame
 import quality_plots
@@ -176,7 +177,7 @@ display(figure)
 # page, so reactive paging draws a flat line at budget / pages; what is above it, prefetching brought in time.
 
 # %%
-run_plots.layer_figure(results)
+paper_plots.layer_rate_figure(frame, results)
 
 # %% [markdown]
 # ## Your own question

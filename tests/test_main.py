@@ -22,6 +22,7 @@ from experiments import load_experiments
 from metrics import RunResult
 from page_policies import LRU
 from registry import MODES, POLICIES, PREDICTORS, SELECTORS
+from result_schema import problems_of
 from run_specs import expand
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -110,9 +111,14 @@ def test_a_run_of_all_modes_exits_0_and_leaves_one_file_for_each_run(sweep):
     }
 
 
-def test_the_results_folder_holds_nothing_but_results_summary_log_and_plots(sweep):
+def test_the_results_folder_holds_nothing_but_results_summary_log_plots_exports_and_report(sweep):
     others = {path.name for path in sweep.folder.iterdir() if not path.name.startswith(tuple(MODES))}
-    assert others == {"experiment_summary.json", "run.log", "plots"}
+    exports = {"results.csv", "tables.md", "tables.tex", "steps.jsonl"}
+    assert others == {"experiment_summary.json", "run.log", "plots", "report.html", *exports}
+
+
+def test_what_a_sweep_leaves_behind_is_as_the_schema_says(sweep):
+    assert [problem for result in sweep.results for problem in problems_of(result)] == []
 
 
 @pytest.mark.parametrize("mode", list(MODES))

@@ -78,7 +78,6 @@ def test_every_figure_of_a_simulated_link_says_so():
     results = [make_result(), make_result("predictive")]
     for figure in (
         run_plots.latency_trace_figure(results),
-        run_plots.layer_figure(results),
         run_plots.step_figure("predictive", results[1]),
     ):
         assert "simulated pcie3-x16, 15.75 GB/s" in figure.axes[0].get_title(loc="left").replace("\n", " ")
@@ -101,7 +100,6 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
         "import sys, plot_list, plots, result_frame, run_plots;"
         "results, _ = result_frame.load_results(sys.argv[1]);"
         "plot_list.save_all_plots(results, sys.argv[1], plots.FORMATS);"
-        "plots.to_png(run_plots.layer_figure(results));"
         "print('matplotlib.pyplot' in sys.modules)"
     )
     command = [sys.executable, "-c", probe, str(tmp_path)]
