@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -253,7 +253,7 @@ def _demonstrate(
             print(f"{drawing.flag} draws the first of {len(results)} runs", file=sys.stderr)
         for path in drawing.draw(results[0], place):
             print(f"wrote {path}")
-    return 0
+    return exit_code(results)
 
 
 def _compare(comparison: SideBySide, mode: str, run: Callable[..., RunResult], arguments: argparse.Namespace) -> int:
@@ -268,17 +268,39 @@ def _compare(comparison: SideBySide, mode: str, run: Callable[..., RunResult], a
     console = Console(highlight=False, markup=False)
     results: list[RunResult] = []
     fitted = [fitted_spec(spec, model) for spec in specs]
+    measured: list[tuple[list[RunSpec], dict[str, list[RunResult]]]] = []
     for _, group in groupby(fitted, key=lambda spec: spec.context_length):
         repetitions = list(group)
-        by_variant = variants.measure(repetitions, measure)
+        measured.append((repetitions, variants.measure(repetitions, measure)))
+    for repetitions, by_variant in measured:  # quality only now, as it would show in the memory of what is timed
         console.print(variants_table(comparison, by_variant, undecided, variants.left_out))
-        measure_quality(repetitions, by_variant[variants.chosen], model)
-        if words := quality_words(by_variant[variants.chosen][0]):
-            console.print(f"{variants.chosen}: {words}\n")
+        for line in _variant_quality(variants, repetitions, by_variant, model):
+            console.print(line)
         results += [result for runs in by_variant.values() for result in runs]
     if arguments.output is not None:
         write_json(arguments.output, [result.to_dict() for result in results])
-    return 0
+    return exit_code(results)
+
+
+def _variant_quality(
+    variants: EachPart, repetitions: Sequence[RunSpec], by_variant: dict[str, list[RunResult]], model: LoadedModel
+) -> Iterator[str]:
+    """Measure what variants cost in answers: what evicts or predicts decides about none, so one stands for all; unless
+    pages that come late are skipped. A line for each that was measured."""
+    if repetitions[0].paging.on_miss == "skip":
+        for variant, runs in by_variant.items():
+            specs = [replace(spec, **variants.fields[variant]) for spec in repetitions]
+            measure_quality(specs, runs, model)
+            yield from (f"{variant}: {words}" for words in [quality_words(runs[0])] if words)
+        return
+    chosen = by_variant[variants.chosen]
+    measure_quality(repetitions, chosen, model)
+    for runs in by_variant.values():
+        for result, judged in zip(runs, chosen, strict=True):
+            result.quality |= {
+                key: judged.quality[key] for key in ("fidelity", "tasks", "error") if key in judged.quality
+            }
+    yield from (f"All of them: {words}" for words in [quality_words(chosen[0])] if words)
 
 
 class BesideHF:
@@ -312,6 +334,11 @@ def measure_quality(specs: Sequence[RunSpec], results: Sequence[RunResult], mode
         if needs_quality(spec):
             log.info("measuring quality at %d tokens of context", spec.context_length)
             result.quality |= quality_figures(spec, model)
+
+
+def exit_code(results: Sequence[RunResult]) -> int:
+    """1 where something about the quality of a run went wrong, as for a list of experiments."""
+    return 1 if any("error" in result.quality for result in results) else 0
 
 
 def show_and_write(results: Sequence[RunResult], output: Path | None) -> None:

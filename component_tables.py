@@ -54,7 +54,7 @@ FIGURES = (
     "same likeliest token as HF's, %",
     "perplexity, with HF's cache",
     "attention mass recall, %",
-    "quality not measured",
+    "quality: what went wrong",
     "time to first token, ms",
     "time per output token, ms",
     "- selecting pages, ms per token",
@@ -184,8 +184,8 @@ def quality_words(result: RunResult) -> str | None:
     """What an approximation costs in answers, in a line; None where that was not measured."""
     divergence, same, *_, error = _fidelity(result.quality)
     if divergence is None:
-        return error and f"quality not measured: {error}"
-    return f"KL divergence from HF's cache {divergence} nats, same likeliest token {same} %"
+        return error and f"quality: {error}"
+    return f"KL divergence from HF's cache, nats, {divergence}; same likeliest token {same} %"
 
 
 def selection_text(paging: Mapping[str, Any]) -> str | None:

@@ -102,6 +102,7 @@ class _Quality(BaseModel):
         for task in self.tasks:
             for refused in TASKS.refused_parameters(task).values():
                 raise refused
+            TASKS.create(task)  # of tasks, that is cheap, and their values are judged before anything is run
         if not self.tasks and not self.fidelity_tokens:
             raise ValueError("must ask for something: fidelity_tokens above 0, or tasks")
         return self

@@ -20,6 +20,7 @@ from component_cli import (
     component_parser,
     component_specs,
     configure_logging,
+    exit_code,
     fitted_spec,
     guarded,
     load_for,
@@ -79,7 +80,7 @@ def _main(arguments: Namespace) -> int:
         results = [run(spec, model) for spec in specs]
         measure_quality(specs, results, model)
     show_and_write(results, arguments.output)
-    return 0
+    return exit_code(results)
 
 
 def _continue(specs: Sequence[RunSpec], model: LoadedModel, prompts: Sequence[str]) -> list[RunResult]:
@@ -103,7 +104,7 @@ def _continue(specs: Sequence[RunSpec], model: LoadedModel, prompts: Sequence[st
             )
         result = run(spec, model, prompt=rows, attention_mask=mask)
         if needs_quality(spec):
-            result.quality["error"] = "it is measured on made prompts; use --context-length instead of --prompts"
+            print("quality is measured on made prompts: --context-length instead of --prompts", file=sys.stderr)
         results.append(result)
     return results
 

@@ -1,8 +1,8 @@
 """How sure a figure of a few measurements is: its 95 % confidence interval.
 
 Eight questions, all answered rightly, do not show that a model is always right, and three runs do not show how fast a
-strategy is. An interval says what they do show. Right-or-wrong scores have the interval of a proportion; the textbook's
-normal one has no width where all are right, Wilson's has. For anything else the measurements themselves are resampled.
+strategy is. An interval says what they do show. Scores have the interval of a proportion; the textbook's normal one has
+no width where all are right, Wilson's has. For anything else the measurements themselves are resampled.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ RESAMPLES = 10_000
 Statistic = Callable[..., np.ndarray]
 
 
-def mean_with_interval(scores: Sequence[float], seed: int = 0) -> dict[str, float | int | None]:
-    """Mean of scores as `n`, `mean`, and the limits `low` and `high` of its 95 % confidence interval.
+def score_with_interval(scores: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean of scores of 0 to 1 as `n`, `mean`, and the limits `low` and `high` of its 95 % confidence interval.
 
-    Right-or-wrong scores get Wilson's interval for a proportion (1927), which is sound for few samples and for means
-    of 0 and 1; others the bootstrap's. No scores have no mean, and one score that is neither 0 nor 1 has no interval:
-    None.
+    The interval is Wilson's for a proportion (1927), which is sound for few samples and for means of 0 and 1. Scores
+    between right and wrong vary less around the same mean than those do, so for them it is if anything too wide. No
+    scores have no mean: None.
     """
     n = len(scores)
     if n == 0:
         return {"n": 0, "mean": None, "low": None, "high": None}
     mean = math.fsum(scores) / n
-    if all(score in (0, 1) for score in scores):
-        low, high = wilson(mean, n)
-    else:
-        low, high = bootstrap(scores, np.mean, seed) or (None, None)
+    low, high = wilson(mean, n)
     return {"n": n, "mean": mean, "low": low, "high": high}
+
+
+def mean_with_interval(values: Sequence[float]) -> dict[str, float | int | None]:
+    """The same of figures of any size, with the bootstrap's interval; of fewer than two there is none."""
+    low, high = bootstrap(values, np.mean) or (None, None)
+    return {"n": len(values), "mean": math.fsum(values) / len(values) if values else None, "low": low, "high": high}
 
 
 def bootstrap(values: Sequence[float], statistic: Statistic, seed: int = 0) -> tuple[float, float] | None:

@@ -112,8 +112,8 @@ PLOTS = (
     Plot(
         "quality_pareto",
         "Quality against cost",
-        "Divergence from the baseline's predictions, and answers lost, against latency and against device memory; lines"
-        " join what no other point beats.",
+        "Divergence from the baseline's predictions, and what scores lose, against latency and against device memory;"
+        " lines join what no other point beats.",
         _pareto,
         MANY,
     ),

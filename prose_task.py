@@ -11,13 +11,12 @@ all that stands before it, read token by token.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from quality_tasks import TaskItem
-from workloads import prompt_tokens
-
-PLACES_OF_A_SEED = 10_007  # more than a task has items, so that seeds do not share them
+from workloads import cycled, front_tokens, text_repeats, tokenised_prose
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class ProsePerplexity:
     n_scored: int = 64
 
     def __post_init__(self) -> None:
-        if self.n_scored < 1:
-            raise ValueError(f"task {self.name!r}: n_scored is {self.n_scored}, but must be at least 1")
+        if not isinstance(self.n_scored, int) or self.n_scored < 1:
+            raise ValueError(f"task {self.name!r}: n_scored must be a whole number from 1 on, not {self.n_scored!r}")
 
     def item(self, tokenizer: Any, n_tokens: int, seed: int, index: int, depth: float | None = None) -> TaskItem:
         """Text number `index` of a seed, of exactly `n_tokens` tokens.
@@ -49,5 +48,15 @@ class ProsePerplexity:
         n_fed = self.n_scored + 1  # what is said after the last token is about nothing that is known
         if n_tokens <= n_fed:
             raise ValueError(f"task {self.name!r} does not fit in {n_tokens} tokens: this item needs {n_fed + 1}")
-        (prompt,) = prompt_tokens(tokenizer, len(tokenizer), n_tokens, 1, seed * PLACES_OF_A_SEED + index)
+        tokens, starts = tokenised_prose(tokenizer)
+        if text_repeats(tokenizer, n_tokens):
+            raise ValueError(f"task {self.name!r} has {len(tokens)} tokens of prose, and {n_tokens} would repeat it")
+        if index >= len(starts):
+            raise ValueError(f"task {self.name!r} has prose that begins in {len(starts)} places, so no item {index}")
+        place = random.Random(f"{self.name}/{seed}").sample(starts, len(starts))[index]
+        prompt = (front_tokens(tokenizer) + cycled(tokens, place, n_tokens))[:n_tokens]
         return TaskItem(prompt, (), 0, None, tokenizer.decode(prompt), n_fed)
+
+    def score(self, text: str, item: TaskItem) -> float:
+        """Raises TypeError: nothing is answered here."""
+        raise TypeError(f"task {self.name!r} is scored by perplexity, not by an answer")

@@ -28,33 +28,34 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from cache_settings import Paging
-from fidelity import ROUNDING_NATS, attention_recall, compare, mean_pages, perplexity, surprise
+from fidelity import attention_recall, compare, mean_pages, rounding_explains, surprise
 from generation import HFCache, MeasuredCache, made_prompt
-from intervals import bootstrap, mean_with_interval
+from intervals import mean_with_interval, score_with_interval
 from models import LoadedModel
 from quality_tasks import Task, TaskItem, items
-from reading import PagesOfSteps, Reading, answer, read_text
+from reading import Reading, answer, read_text
 from registry import CACHES, TASKS, choice_text
 from run_specs import RunSpec
 from utils import is_out_of_memory
+from workloads import text_repeats
 
 log = logging.getLogger(__name__)
 
 LEAST_BASELINE_SCORE = 0.5  # below it, most of what a task asks is lost with full attention already
 MOST_READING_BYTES = 2 * 2**30  # of what a model said of one text
-MOST_READINGS = 6  # kept for other runs: those of one text, as runs of one context are measured after each other
+MOST_READINGS = 6  # kept for other runs, those that were wanted last
 HF_CACHE, EXACT_PAGES = "transformers' dynamic cache", "exact paging: the whole cache does not fit"
 
 _known: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
 MakeCache = Callable[[], MeasuredCache]
+PageMeans = dict[str, float | None]
 
 
 def needs_quality(spec: RunSpec) -> bool:
-    """Whether a run's quality is to be measured: asked for, and once for all repetitions, which give the same."""
+    """Whether a run's quality is to be measured: asked for, and of an experiment's repetitions the first. Greedy ones
+    give the same; sampled ones have prompts of their own, of which one must do."""
     return spec.quality is not None and spec.repetition == 0
 
 
@@ -151,11 +152,10 @@ def _of_run(spec: RunSpec, model: LoadedModel, key: tuple, make: Callable[[MakeC
 def _kept(model: LoadedModel, key: Hashable, make: Callable[[], Any]) -> Any:
     """What `make` gives for a model, made once for each key; of readings, which are large, the last few."""
     kept = _known.setdefault(model.model, {})
-    if key not in kept:
-        kept[key] = make()
-        readings = [key for key, value in kept.items() if isinstance(value, Reading)]
-        for oldest in readings[:-MOST_READINGS]:
-            del kept[oldest]
+    kept[key] = kept.pop(key) if key in kept else make()  # the last in order is the last wanted
+    readings = [key for key, value in kept.items() if isinstance(value, Reading)]
+    for oldest in readings[:-MOST_READINGS]:
+        del kept[oldest]
     return kept[key]
 
 
@@ -163,11 +163,14 @@ def _kept(model: LoadedModel, key: Hashable, make: Callable[[], Any]) -> Any:
 
 
 def _fidelity(spec: RunSpec, model: LoadedModel) -> dict[str, Any]:
-    """Read the run's prompt and what follows it in the text."""
+    """Read the run's prompt and what follows it in the text. Where the model has not positions enough for both, the
+    prompt gives way: a run clamped to them has filled them with its own new tokens."""
     n_forced, chunk = spec.quality.fidelity_tokens, spec.prefill_chunk_size
-    n_text = spec.context_length + n_forced
-    _require_positions(model, n_text, f"{spec.context_length} tokens of context and {n_forced} fidelity_tokens")
-    _require_memory(model, spec.batch_size, n_forced)
+    n_prompt = min(spec.context_length, (model.shape.max_positions or math.inf) - n_forced)
+    if n_prompt < 1:
+        raise ValueError(f"{n_forced} fidelity_tokens leave no room for a prompt; ask for fewer")
+    n_text = n_prompt + n_forced
+    _require_memory(spec, model, n_text)
     text = made_prompt(spec, model, n_text)
 
     def read(make: MakeCache) -> Reading:
@@ -176,30 +179,32 @@ def _fidelity(spec: RunSpec, model: LoadedModel) -> dict[str, Any]:
     key = ("text", n_text, n_forced, spec.batch_size, spec.seed, chunk)
     baseline, reference = _of_baseline(spec, model, key, read)
     run = _of_run(spec, model, key, read)
-    figures: dict[str, Any] = {"reference": reference, **compare(run, baseline, text, n_forced)}
-    figures["within_rounding"] = figures["kl_mean"] <= ROUNDING_NATS[model.dtype_name] if spec.exact else None
-    if spec.paging is None:
-        return figures | attention_recall(run.pages, baseline.pages)
-    truth = _of_run(exact_pages(spec), model, key, read)
-    return figures | attention_recall(run.pages, truth.pages, spec.paging.granularity == "kv_head")
+    truth = baseline if spec.paging is None else _of_run(exact_pages(spec), model, key, read)
+    by_head = spec.paging is not None and spec.paging.granularity == "kv_head"
+    figures: dict[str, Any] = {
+        "reference": reference,
+        "prompt_tokens": n_prompt,
+        "text_repeats": text_repeats(model.tokenizer, n_text),
+        **compare(run, baseline, text, n_forced),
+        **attention_recall(run.pages, truth.pages, by_head),
+    }
+    quantized = spec.quantization is not None
+    figures["within_rounding"] = rounding_explains(figures, model.dtype_name, quantized) if spec.exact else None
+    return figures
 
 
-def _require_positions(model: LoadedModel, n_tokens: int, what: str) -> None:
-    """Raises ValueError where a text is longer than the model's positions, beyond which some would read past a table
-    in memory."""
-    limit = model.shape.max_positions
-    if limit is not None and n_tokens > limit:
-        raise ValueError(f"{what} are {n_tokens} positions, and the model has {limit}; ask for fewer")
-
-
-def _require_memory(model: LoadedModel, n_rows: int, n_forced: int) -> None:
-    """Raises ValueError where what is said of a text, a probability of every word at each step, is too much to keep."""
-    n_bytes = 4 * n_rows * n_forced * model.shape.vocab_size
+def _require_memory(spec: RunSpec, model: LoadedModel, n_text: int) -> None:
+    """Raises ValueError where what is kept of a text is too much: a probability of every word at each step, and of a
+    paged cache each page's weight with each head of each layer."""
+    n_forced, per_step = spec.quality.fidelity_tokens, model.shape.vocab_size
+    if spec.paging is not None:
+        n_heads = model.model.config.get_text_config().num_attention_heads
+        per_step += model.shape.n_paged_layers * n_heads * -(-n_text // spec.paging.page_size)
+    n_bytes = 4 * spec.batch_size * n_forced * per_step
     if n_bytes > MOST_READING_BYTES:
-        most = n_forced * MOST_READING_BYTES // n_bytes
         raise ValueError(
-            f"{n_forced} fidelity_tokens in {n_rows} rows with {model.shape.vocab_size} probabilities each are"
-            f" {n_bytes / 2**30:.1f} GiB to keep; ask for at most {most}"
+            f"{n_forced} fidelity_tokens in {spec.batch_size} rows are {n_bytes / 2**30:.1f} GiB to keep; ask for at"
+            f" most {n_forced * MOST_READING_BYTES // n_bytes}"
         )
 
 
@@ -212,11 +217,16 @@ def _task_score(spec: RunSpec, model: LoadedModel, choice: Any, n_tokens: int) -
         raise ValueError("quality tasks need a tokenizer, and this model has none; ask for fidelity_tokens alone")
     task, quality = TASKS.create(choice), spec.quality
     asked = items(task, model.tokenizer, n_tokens, quality.samples, spec.seed)
-    _require_positions(model, n_tokens + max(item.max_new_tokens for item in asked), "a task's prompt and its answer")
+    n_answer, limit = max(item.max_new_tokens for item in asked), model.shape.max_positions or math.inf
+    if n_tokens + n_answer > limit:  # beyond which some would read past a table in memory
+        if quality.lengths is not None:
+            raise ValueError(f"with up to {n_answer} tokens of an answer they exceed the model's {limit} positions")
+        n_tokens = limit - n_answer  # the prompt of a run that has filled the positions with its own new tokens
+        asked = items(task, model.tokenizer, n_tokens, quality.samples, spec.seed)
     unit = getattr(task, "unit", "share")
     score_item = _surprise_at if unit == "perplexity" else _score_of_answer
 
-    def scored(make: MakeCache) -> list[tuple[float, PagesOfSteps]]:
+    def scored(make: MakeCache) -> list[tuple[float, PageMeans]]:
         return [score_item(spec, model, make(), task, item) for item in asked]
 
     key = ("task", str(choice), n_tokens, quality.samples, spec.seed, spec.prefill_chunk_size)
@@ -232,7 +242,7 @@ def _task_score(spec: RunSpec, model: LoadedModel, choice: Any, n_tokens: int) -
         "reference": reference,
         "baseline": baseline,
         "discriminates": None if unit == "perplexity" else baseline["mean"] >= LEAST_BASELINE_SCORE,
-        **mean_pages([step for _, pages in of_run for step in pages]),
+        **_mean_of_items([pages for _, pages in of_run]),
         "items": [
             {"depth": item.depth, "score": _in_unit(score, unit), "baseline_score": _in_unit(base, unit)}
             for item, score, base in zip(asked, scores, baseline_scores, strict=True)
@@ -242,30 +252,35 @@ def _task_score(spec: RunSpec, model: LoadedModel, choice: Any, n_tokens: int) -
 
 def _score_of_answer(
     spec: RunSpec, model: LoadedModel, cache: MeasuredCache, task: Task, item: TaskItem
-) -> tuple[float, PagesOfSteps]:
+) -> tuple[float, PageMeans]:
     """How right the answer to an item is, 0 to 1."""
     eos = model.model.generation_config.eos_token_id
     stop = {eos} if isinstance(eos, int) else set(eos or ())
     said = answer(model, cache, item.prompt, item.n_question, item.max_new_tokens, stop, spec.prefill_chunk_size)
-    return task.score(model.tokenizer.decode(said.tokens, skip_special_tokens=True), item), said.pages
+    return task.score(model.tokenizer.decode(said.tokens, skip_special_tokens=True), item), mean_pages(said.pages)
 
 
 def _surprise_at(
     spec: RunSpec, model: LoadedModel, cache: MeasuredCache, task: Task, item: TaskItem
-) -> tuple[float, PagesOfSteps]:
+) -> tuple[float, PageMeans]:
     """The mean negative log-likelihood of the last tokens of an item's text, in nats."""
     reading = read_text(model, cache, [item.prompt], item.n_question, spec.prefill_chunk_size)
     surprises = surprise(reading, [item.prompt], item.n_question)
-    return math.fsum(surprises) / len(surprises), reading.pages
+    return math.fsum(surprises) / len(surprises), mean_pages(reading.pages)
+
+
+def _mean_of_items(pages: list[PageMeans]) -> PageMeans:
+    return {
+        name: None if None in figures else math.fsum(figures) / len(figures)
+        for name, figures in zip(pages[0], zip(*(item.values() for item in pages), strict=True), strict=True)
+    }
 
 
 def _summed_up(scores: list[float], unit: str) -> dict[str, Any]:
     """Mean and 95 % confidence interval; of mean negative log-likelihoods, as perplexities."""
     if unit != "perplexity":
-        return mean_with_interval(scores)
-    low, high = bootstrap(scores, np.mean) or (None, None)
-    limits = {"low": _in_unit(low, unit), "high": _in_unit(high, unit)}
-    return {"n": len(scores), "mean": perplexity(scores), **limits}
+        return score_with_interval(scores)
+    return {name: value if name == "n" else _in_unit(value, unit) for name, value in mean_with_interval(scores).items()}
 
 
 def _in_unit(score: float | None, unit: str) -> float | None:

@@ -39,6 +39,7 @@ Reader = Callable[[Any, str], Any]
 _OF_TASK: dict[str, tuple[str, Reader, str]] = {
     "task": ("task", text_at, "string"),
     "unit": ("unit", text_at, "string"),
+    "reference": ("reference", text_at, "string"),
     "tokens": ("tokens", count_at, "Int64"),
     "n": ("n", count_at, "Int64"),
     "score": ("mean", number_at, "Float64"),
@@ -62,10 +63,11 @@ def task_scores(results: Iterable[Result]) -> pd.DataFrame:
     """A row for each successful run and each task at each length that it was asked, baseline first.
 
     The columns are `strategy`, `run_id`, `model`, `workload` and `context_tokens` (of the timed run), `task`, its
-    `unit` (`share`, 0 to 1, or `perplexity`, of which less is better), `tokens` (of the task's prompts), `n` items,
-    `score` (their mean) between `low` and `high` (95 % confidence), the same of the baseline on the same items,
-    `discriminates` (False where the baseline fails too, so that the task tells nothing of a cache; NA of a perplexity),
-    `attended_pages` of `pages` (means over the decode steps of questions and answers) and `exact`.
+    `unit` (`share`, 0 to 1, or `perplexity`, of which less is better), `reference` (what the baseline was), `tokens`
+    (of the task's prompts), `n` items, `score` (their mean) between `low` and `high` (95 % confidence), the same of the
+    baseline on the same items, `discriminates` (False where the baseline fails too, so that the task tells nothing of a
+    cache; NA of a perplexity), `attended_pages` of `pages` (means over the decode steps of questions and answers) and
+    `exact`.
     """
     import pandas as pd
 
@@ -160,7 +162,7 @@ def describe_quality(result: Result) -> str | None:
 
 
 def divergence_text(kl_nats: float | None) -> str:
-    return "quality not measured" if kl_nats is None else f"KL {nats_text(kl_nats)} nats"
+    return "KL not measured" if kl_nats is None else f"KL {nats_text(kl_nats)} nats"
 
 
 def nats_text(kl_nats: float) -> str:

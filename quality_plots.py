@@ -35,7 +35,7 @@ COSTS = {  # column of the frame -> title, unit
 }
 LOSSES = {  # measure of a `Point` -> what it is called
     "kl_nats": "KL divergence from the baseline, nats (lower is better)",
-    "lost_share": "answers lost, % of the tasks' score (lower is better)",
+    "lost_share": "score below the baseline's, points (lower is better)",
 }
 MARKERS = ("o", "s", "^", "D", "v", "p", "h", "d")  # one for each context length
 FILLS = dict(zip(HATCHES, ("full", "none", "left", "bottom"), strict=True))  # where bars have a hatch
@@ -52,7 +52,7 @@ MOST_NUMBERED_CELLS, MOST_COLUMNS = 80, 4
 @dataclasses.dataclass(frozen=True)
 class Point:
     """One strategy in one cell: its mean costs, by column of `COSTS`, its divergence from the baseline in nats, and
-    what is missing from the full score of tasks, 0 to 1, mean over those that tell something of a cache."""
+    how far its score is below the baseline's on the same items, mean over the tasks that tell something of a cache."""
 
     strategy: str
     workload: str
@@ -82,17 +82,19 @@ def quality_points(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> l
 
 
 def _lost_shares(scores: pd.DataFrame) -> dict[tuple, float]:
-    """By strategy and cell, 1 less the mean score over tasks and lengths; over such as all of the cell were asked."""
+    """By strategy and cell the baseline's score less its own, means over such tasks and lengths as all of the cell were
+    asked."""
     telling = scores[scores["unit"].ne("perplexity").fillna(True) & scores["discriminates"].ne(False).fillna(True)]
-    telling = telling.dropna(subset=["score"])
+    telling = telling.dropna(subset=["score", "baseline_score"])
     lost = {}
     for (workload, context), cell in telling.groupby(CELL, sort=False):
         asked = [set(zip(own["task"], own["tokens"], strict=True)) for _, own in cell.groupby("strategy")]
         common = set.intersection(*asked)
         for strategy, own in cell.groupby("strategy", sort=False):
-            of_all = [score for task, n, score in own[["task", "tokens", "score"]].values if (task, n) in common]
-            if of_all:
-                lost[strategy, workload, context] = 1.0 - sum(of_all) / len(of_all)
+            columns = own[["task", "tokens", "score", "baseline_score"]].values
+            losses = [baseline - score for task, n, score, baseline in columns if (task, n) in common]
+            if losses:
+                lost[strategy, workload, context] = sum(losses) / len(losses)
     return lost
 
 
@@ -158,7 +160,7 @@ def _draw_points(
         for workload in dict.fromkeys(point.workload for point in at_context):
             cell = [point for point in at_context if point.workload == workload]
             places = [(point.costs[column], point.losses[measure]) for point in cell]
-            ranks = [(cost, loss if loss >= least else 0.0) for cost, loss in places]
+            ranks = [(cost, 0.0 if 0.0 <= loss < least else loss) for cost, loss in places]
             front = [places[index] for index in pareto_front(ranks)]
             line = {"color": "#777777", "linewidth": 1.1, "linestyle": LINES[place % len(LINES)], "zorder": 2}
             axis.plot(*zip(*front, strict=True), **line, gid="front")
@@ -223,11 +225,11 @@ def _scale_divergence(axis: Axes, divergences_nats: Sequence[float]) -> None:
 
 
 def _scale_share(axis: Axes, shares: Sequence[float]) -> None:
-    """Percent from 0 on; a little below, to show the whole of a marker there."""
+    """Percent from 0 on, or from what is better than the baseline; a little below, to show the whole of a marker."""
     from matplotlib.ticker import MultipleLocator, PercentFormatter
 
     top = max(0.1, 1.15 * max(shares))
-    axis.set_ylim(-0.04 * top, top)
+    axis.set_ylim(1.15 * min(0.0, *shares) - 0.04 * top, top)
     axis.yaxis.set_major_locator(MultipleLocator(0.02 if top <= 0.1 else 0.1 if top <= 0.6 else 0.2))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     axis.axhline(0.0, color=INK, linewidth=0.8, zorder=1)

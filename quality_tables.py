@@ -152,14 +152,19 @@ def _how_many(n_tokens: list[float]) -> str:
 
 def _reference_note(done: pd.DataFrame) -> str:
     """What the baseline of the fidelity was, where it was not transformers' own cache."""
-    stood_in = [reference for reference in unique(done, "quality_reference") if "paging" in reference]
+    repeats = " Of the longest the text begins again, and can be copied." if done["text_repeats"].eq(True).any() else ""
+    return _stand_in_note(unique(done, "quality_reference")) + repeats
+
+
+def _stand_in_note(references: list[str]) -> str:
+    stood_in = [reference for reference in references if "paging" in reference]
     return f" The baseline of some is {'; '.join(stood_in)}." if stood_in else ""
 
 
 def _error_note(done: pd.DataFrame) -> str:
     """Why something could not be measured, of each strategy once."""
     broken = done.dropna(subset=["quality_error"]).drop_duplicates(["strategy", "quality_error"])
-    return "".join(f" Of {run.strategy} it could not be measured: {run.quality_error}." for run in broken.itertuples())
+    return "".join(f" Of {run.strategy}: {run.quality_error}." for run in broken.itertuples())
 
 
 def tasks_table(scores: pd.DataFrame) -> Table:
@@ -184,7 +189,8 @@ def tasks_table(scores: pd.DataFrame) -> Table:
         list(lines),
         "Tokens: of the prompt in which the answer lies. Baseline: on the very same n items. A task that the baseline"
         f" fails ({NO_TELLING}) counts neither for nor against anybody. Pages read: of those there, means over the"
-        f" steps of question and answer.{PERPLEXITY_NOTE if (scores['unit'] == 'perplexity').any() else ''}",
+        f" steps of question and answer.{PERPLEXITY_NOTE if (scores['unit'] == 'perplexity').any() else ''}"
+        f"{_stand_in_note(unique(scores, 'reference'))}",
         sections=("model", "task", "tokens"),
     )
 
@@ -209,6 +215,6 @@ def _three_digits(value: float) -> str:
 
 
 def _pages(row: Mapping[str, Any]) -> str:
-    """`16/63`; what reads all of its pages, or has none, needs no such word."""
+    """`16/63`; a dash of a cache without pages."""
     read, there = row["attended_pages"], row["pages"]
     return DASH if read is None or there is None else f"{read:.0f}/{there:.0f}"

@@ -128,9 +128,12 @@ class GeneratedTask:
         return sum(contains(text, answer) for answer in item.answers) / len(item.answers)
 
     def at_least(self, **lowest: int) -> None:
-        """Raises ValueError for a parameter below its lowest value."""
+        """Raises ValueError for a parameter that is no whole number, or below its lowest value."""
         for parameter, value in lowest.items():
-            if (given := getattr(self, parameter)) < value:
+            given = getattr(self, parameter)
+            if not isinstance(given, int):
+                raise ValueError(f"task {self.name!r}: {parameter} must be a whole number, not {given!r}")
+            if given < value:
                 raise ValueError(f"task {self.name!r}: {parameter} is {given}, but must be at least {value}")
 
 

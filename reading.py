@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class PagesRead:
     lse: torch.Tensor
     total: torch.Tensor
     n_there: int
+
+    def on_host(self) -> PagesRead:
+        """The same, out of the device's memory."""
+        return replace(self, lse=self.lse.cpu(), total=self.total.cpu())
 
     def shares(self) -> torch.Tensor:
         """[n, K], each page's share of the attention of each key/value head, averaged over its queries; 0 of a page
@@ -87,7 +91,8 @@ def read_text(model: LoadedModel, cache: MeasuredCache, text: TokenRows, n_force
     with _prefilled(model, cache, ids[:, :n_prompt], n_forced, chunk) as (step, pages):
         logits = [step(ids[:, place : place + 1]) for place in range(n_prompt, ids.shape[1])]
         # Only now, for a cache that skips pages that are not there must not be given time for them to arrive.
-        return Reading(torch.stack([each.float().log_softmax(-1).cpu() for each in logits], dim=1), pages)
+        log_probs = torch.stack([each.float().log_softmax(-1).cpu() for each in logits], dim=1)
+        return Reading(log_probs, [[read.on_host() for read in step] for step in pages])
 
 
 def answer(

@@ -189,6 +189,7 @@ _BYTES = {
 _FLAGS = {
     "clamped": "context.clamped",
     "exact": "quality.exact",
+    "text_repeats": "quality.fidelity.text_repeats",
     "matches_baseline": "quality.matches_baseline",
     "random_weights": "model.random_weights",
 }

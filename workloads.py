@@ -63,6 +63,12 @@ def prompt_tokens(tokenizer: Any, vocab_size: int, n_tokens: int, batch_size: in
     return [(front + cycled(tokens, place, n_tokens))[:n_tokens] for place in places]
 
 
+def text_repeats(tokenizer: Any, n_tokens: int) -> bool:
+    """Whether prose of so many tokens is longer than all that there is, and begins again: then its end stands further
+    up word by word, and can be copied instead of foreseen. Random ids do not repeat."""
+    return tokenizer is not None and n_tokens > len(tokenised_prose(tokenizer)[0])
+
+
 def random_tokens(vocab_size: int, n_tokens: int, batch_size: int, seed: int) -> TokenRows:
     """Seeded random ids, for models whose weights are random too."""
     lowest = FIRST_ORDINARY_ID if vocab_size >= 2 * FIRST_ORDINARY_ID else 0
@@ -189,10 +195,12 @@ def shown_item(arguments: argparse.Namespace) -> str:
     tokenizer = tokenizer_of(arguments.model)
     item = task.item(tokenizer, arguments.tokens, arguments.seed, arguments.index, arguments.depth)
     depth = "none" if item.depth is None else f"{item.depth:.2f}"
+    wanted = f"answers: {', '.join(item.answers)}" if item.answers else f"scored: the last {item.n_question - 1} tokens"
     return (
         f"task: {arguments.show}, seed {arguments.seed}, index {arguments.index}, depth {depth}\n"
-        f"tokens: {len(item.prompt)} of {arguments.tokens} ({arguments.model}), up to {item.max_new_tokens} to answer\n"
-        f"answers: {', '.join(item.answers)}\n\n"
+        f"tokens: {len(item.prompt)} of {arguments.tokens} ({arguments.model}), the last {item.n_question} of them"
+        f" fed one by one; up to {item.max_new_tokens} to answer\n"
+        f"{wanted}\n\n"
         f"{item.text if arguments.full else shortened(item.text)}"
     )
 

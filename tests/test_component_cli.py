@@ -273,10 +273,19 @@ def test_a_quality_block_of_a_config_is_measured_and_its_tasks_shown(tmp_path, c
     assert "100 [34-100]" in printed  # Wilson's of 2 in 2
 
 
-def test_in_a_comparison_the_part_that_was_chosen_is_judged(capsys):
+def test_in_a_comparison_the_part_that_was_chosen_is_judged_for_all(capsys):
     flags = ["--context-length", 100, "--max-new-tokens", 3, "--page-size", 8, "--compare-policies"]
     assert component("reactive", *JUDGED, *flags) == 0
-    assert "lru: KL divergence from HF's cache" in capsys.readouterr().out
+    assert "All of them: KL divergence from HF's cache" in capsys.readouterr().out
+
+
+def test_where_late_pages_are_skipped_each_variant_is_judged(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    flags = ["--context-length", 100, "--max-new-tokens", 3, "--page-size", 8, "--compare-policies"]
+    assert component("reactive", *JUDGED, *flags, "--on-miss", "skip", "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{policy}: KL divergence" in printed for policy in POLICIES)
+    assert all(result["quality"]["fidelity"]["kl_mean"] > 0 for result in json.loads(output.read_text()))
 
 
 def test_texts_of_ones_own_say_that_their_quality_is_not_measured(tmp_path, capsys, smollm2, monkeypatch):
@@ -284,7 +293,7 @@ def test_texts_of_ones_own_say_that_their_quality_is_not_measured(tmp_path, caps
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_name": "smollm2-135m", "cache_implementation": "quantized", "num_runs": 1}))
     assert component("baseline", "--config", config, "--prompts", "One, two,", "--max-new-tokens", 3) == 0
-    assert "on made prompts" in shown(capsys.readouterr().out)["quality not measured"]
+    assert "on made prompts" in capsys.readouterr().err
 
 
 # --- policies side by side ----------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def test_the_default_file_is_exactly_what_the_schema_writes():
 def test_the_default_list_is_the_three_modes_and_an_approximation_on_the_small_model():
     baseline, reactive, predictive, quarter = load_experiments(ROOT / "experiment_config.yaml")
     assert (quarter.mode, quarter.predictor, quarter.selector) == ("predictive", "ranked", "quest")
-    assert all(one.quality["tasks"] == ["passkey"] for one in (baseline, reactive, predictive, quarter))
+    assert all(one.quality["fidelity_tokens"] == 32 for one in (baseline, reactive, predictive, quarter))
+    assert quarter.quality["tasks"] == ["needle"]
     memory = {one.page_size * (one.max_gpu_pages + one.staging_pages) for one in (reactive, predictive, quarter)}
     assert len(memory) == 1
     assert [e.mode for e in (baseline, reactive, predictive)] == ["baseline", "reactive", "predictive"]

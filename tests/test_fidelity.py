@@ -58,6 +58,8 @@ def test_token_by_token_an_exact_cache_says_what_one_pass_over_the_text_says(tin
     assert 0 <= figures["kl_mean"] <= figures["kl_max"] < 1e-6
     assert figures["top1_agreement"] == 1.0
     assert figures["perplexity"] == pytest.approx(figures["baseline_perplexity"], rel=1e-4)
+    same = compare(reading, reading, text, N_FORCED)
+    assert (same["kl_mean"], same["kl_low"], same["kl_high"], same["kl_max"]) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_an_approximation_is_as_far_from_the_baseline_as_its_distributions_are(tiny, text, whole):

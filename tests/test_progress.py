@@ -181,7 +181,7 @@ START = "[my] run, 100 tokens, run 1: "
         ),
         (
             {"quality": APPROXIMATE | {"matches_baseline": False, "first_divergent_token": 3}},
-            "12.3 ms/token, tokens differ from number 3 on, approximate, quality not measured",
+            "12.3 ms/token, tokens differ from number 3 on, approximate, KL not measured",
         ),
         ({"quality": APPROXIMATE | {"fidelity": {"kl_mean": 0.12}}}, "12.3 ms/token, approximate, KL 0.12 nats"),
         ({"status": "error", "error": "first\nsecond"}, "error: first"),

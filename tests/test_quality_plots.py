@@ -136,7 +136,7 @@ def test_lost_answers_have_panels_of_their_own_and_count_only_tasks_that_tell_so
     axes = pareto_figure(to_frame(results), task_scores(results)).axes
     assert len(axes) == 4
     assert lines_of(axes[2], "front") == [[(60.0, 0.25), (100.0, 0.0)]]
-    assert "answers lost" in axes[2].get_ylabel() and "KL" in axes[0].get_ylabel()
+    assert "score below" in axes[2].get_ylabel() and "KL" in axes[0].get_ylabel()
 
 
 def test_strategies_are_compared_over_tasks_that_all_of_them_were_asked():

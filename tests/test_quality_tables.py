@@ -113,7 +113,7 @@ def test_what_went_wrong_in_measuring_is_said():
     broken = quest()
     broken["quality"]["error"] = "ValueError: the model has no tokenizer"
     caption = quality_table(to_frame([make_result(), broken])).caption
-    assert "Of quest it could not be measured: ValueError: the model has no tokenizer." in caption
+    assert "Of quest: ValueError: the model has no tokenizer." in caption
 
 
 @pytest.mark.parametrize("none", [None, {}, "torn", 3])
@@ -280,7 +280,7 @@ def test_80_columns_break_no_name_of_a_mode_and_cut_no_number():
 
 def test_plots_of_speed_say_how_approximate_what_they_show_is():
     results = [make_result(), make_result("predictive"), quest(**MEASURED), approximately(make_result("reactive"))]
-    note = "Approximate: quest (KL 0.012 nats), reactive (quality not measured)."
+    note = "Approximate: quest (KL 0.012 nats), reactive (KL not measured)."
     assert quality_note(to_frame(results)) == note
     assert note in comparison_figure(to_frame(results)).texts[1].get_text().replace("\n", " ")
     assert "Approximate" not in comparison_figure(to_frame(make_sweep())).texts[1].get_text()
@@ -289,7 +289,7 @@ def test_plots_of_speed_say_how_approximate_what_they_show_is():
         "baseline, 500 tokens of context",
         "predictive, 500 tokens of context",
         "quest, 500 tokens of context, approximate, KL 0.012 nats",
-        "reactive, 500 tokens of context, approximate, quality not measured",
+        "reactive, 500 tokens of context, approximate, KL not measured",
     ]
     title = run_plots.step_figure("quest", results[2]).axes[0].get_title(loc="left")
     assert "quest, approximate, KL 0.012 nats" in title.replace("\n", " ")

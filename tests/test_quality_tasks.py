@@ -437,5 +437,20 @@ def test_prose_that_cannot_be_scored_is_refused():
         task.item(WORDS, 650, 0, 0, 0.5)
     with pytest.raises(ValueError, match="no tokenizer"):
         task.item(None, 650, 0, 0)
-    with pytest.raises(ValueError, match="n_scored is 0"):
-        TASKS.create({"name": "prose_perplexity", "n_scored": 0})
+    for wrong in (0, 2.5, "4"):
+        with pytest.raises(ValueError, match="n_scored must be a whole number from 1 on"):
+            TASKS.create({"name": "prose_perplexity", "n_scored": wrong})
+    with pytest.raises(ValueError, match="would repeat it"):
+        task.item(WORDS, 100_000, 0, 0)
+    with pytest.raises(ValueError, match="so no item 5000"):
+        task.item(WORDS, 650, 0, 5000)
+    with pytest.raises(TypeError, match="scored by perplexity"):
+        task.score("", None)
+
+
+def test_prose_of_one_seed_begins_in_different_places():
+    task = TASKS.create("prose_perplexity")
+    first = [tuple(task.item(WORDS, 90, 4, index).prompt) for index in range(100)]
+    other = [tuple(task.item(WORDS, 90, 0, index).prompt) for index in range(100)]
+    assert len(set(first)) == 100
+    assert len(set(first) & set(other)) < 50

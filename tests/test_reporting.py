@@ -257,6 +257,7 @@ def test_scores_of_tasks_stand_with_their_strategy():
             "context_tokens": 500,
             "task": "passkey",
             "unit": "share",
+            "reference": None,
             "tokens": 1000,
             "n": 2,
             "score": 0.5,
