@@ -3,6 +3,10 @@
     python main.py                        run experiment_config.yaml, results in logs/
     python main.py --config F --output D  another list, another folder
     python main.py --plan                 what would run, and the floor of each run; loads nothing
+    python main.py --resume               run what has no result yet in the output folder
+    python main.py --isolate              each run in a process of its own; --launcher ray: on a cluster
+    python main.py --shard 2/3            the second of three parts of the list
+    python main.py --summarise DIR        summary, tables and plots of the results in a folder; runs nothing
     python main.py --list                 modes, policies, selectors and predictors with their parameters
     python main.py --create-config [F]    write a commented experiment list to start from
 
@@ -14,18 +18,17 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils import PROJECT_FOLDER
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from metrics import RunResult
     from planning import PlannedRun
+    from result_frame import Result
 
 DEFAULT_CONFIG = PROJECT_FOLDER / "experiment_config.yaml"
 DEFAULT_OUTPUT = Path("logs")
@@ -57,6 +60,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="write a commented experiment list (to experiment_config.yaml) and stop",
     )
     parser.add_argument("--force", action="store_true", help="let --create-config overwrite a file")
+    parser.add_argument("--resume", action="store_true", help="run only what has no result; failures stay as they are")
+    parser.add_argument("--retry-failed", action="store_true", help="resume, and run again what has failed")
+    parser.add_argument("--launcher", default="local", metavar="L", help="where runs are made: local, process or ray")
+    parser.add_argument("--isolate", dest="launcher", action="store_const", const="process", help="--launcher process")
+    parser.add_argument("--ray-address", metavar="ADDR", help="of a Ray cluster; without it one of this machine")
+    parser.add_argument("--ray-cpus", type=int, metavar="N", help="cores of each run (as many as a machine has)")
+    parser.add_argument("--shard", metavar="i/n", help="only the i-th of n parts; runs that compare stay together")
+    parser.add_argument("--summarise", type=Path, metavar="DIR", help="report on the results in DIR; run nothing")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-q", "--quiet", action="store_true", help="tables only, no progress")
     loudness.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
@@ -78,6 +89,8 @@ def command(arguments: argparse.Namespace) -> int:
         return create_config(arguments.create_config, arguments.force)
     if arguments.list:
         return list_parts()
+    if arguments.summarise is not None:
+        return report_on(arguments)
     try:
         planned = planned_runs(arguments)
     except (ValueError, ImportError) as error:  # ConfigError is a ValueError with one line for each fault
@@ -87,6 +100,9 @@ def command(arguments: argparse.Namespace) -> int:
         from plan_table import print_plan
 
         print_plan(planned, _stdout())
+        return OK
+    if not planned:
+        print(f"--shard {arguments.shard}: this part of the list has no runs")
         return OK
     return run(planned, arguments)
 
@@ -134,12 +150,18 @@ def planned_runs(arguments: argparse.Namespace) -> list[PlannedRun]:
     from planning import plan
     from run_specs import expand
 
-    return plan(expand(load_experiments(arguments.config), seed=arguments.seed))
+    planned = plan(expand(load_experiments(arguments.config), seed=arguments.seed))
+    if arguments.shard is None:
+        return planned
+    from shards import shard
+
+    return shard(planned, arguments.shard)
 
 
 def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
     """Make the runs, then summarise whatever there is."""
-    from progress import watch
+    from progress import log_to, watch
+    from result_store import ResultStore, whole
 
     try:
         log_to(arguments.output, arguments.verbose)
@@ -148,28 +170,48 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
         return WRONG_CONFIG
     for note in dict.fromkeys(f"{p.spec.model_name}: {note}" for p in planned for note in p.notes):
         logging.getLogger(__name__).warning(note)
-    started = time.perf_counter()
     with watch(len(planned), arguments.quiet) as watcher:
+        from launchers import make_launcher
         from sweep import Sweep
 
-        sweep = Sweep(planned, arguments.output, watcher)
+        try:
+            launcher = make_launcher(arguments.launcher, arguments.ray_address, arguments.ray_cpus)
+        except (ValueError, ImportError) as error:
+            print(error, file=sys.stderr)
+            return WRONG_CONFIG
+        sweep = Sweep(planned, ResultStore(arguments.output), launcher, watcher)
+        if arguments.resume or arguments.retry_failed:
+            sweep.resume(arguments.retry_failed)
         sweep.run()
-    seconds = time.perf_counter() - started
-    summarise(sweep.results, seconds, len(planned), sweep.interrupted, arguments)
-    if sweep.interrupted:
-        return INTERRUPTED
-    whole = all(result.ok and "error" not in (result.quality or {}) for result in sweep.results)
-    return OK if whole else FAILED
+    blocks = [result.to_dict() for result in sweep.results]
+    counts = {"planned": len(planned), "interrupted": sweep.interrupted, "reused": sweep.n_reused}
+    summarise(blocks, sweep.seconds, arguments, **counts)
+    return INTERRUPTED if sweep.interrupted else OK if whole(blocks) else FAILED
 
 
-def summarise(
-    results: Sequence[RunResult], seconds: float, n_planned: int, interrupted: bool, arguments: argparse.Namespace
-) -> None:
+def report_on(arguments: argparse.Namespace) -> int:
+    """Summarise what a folder holds, of one sweep or put together from several."""
+    from reporting import load_results
+    from result_frame import number_at
+    from result_store import whole
+
+    folder = arguments.output = arguments.summarise
+    blocks, problems = load_results(folder)
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if not blocks:
+        print(f"--summarise {folder}: there are no results; name a folder that a run has written to", file=sys.stderr)
+        return WRONG_CONFIG
+    seconds = sum(number_at(block, "duration_seconds") or 0.0 for block in blocks)
+    summarise(blocks, seconds, arguments, reused=len(blocks), problems=problems)
+    return OK if whole(blocks) and not problems else FAILED
+
+
+def summarise(blocks: Sequence[Result], seconds: float, arguments: argparse.Namespace, **counts: Any) -> None:
     """Write the summary and the plots, print the tables."""
     from reporting import print_tables, task_scores, to_frame, write_summary
 
-    blocks = [result.to_dict() for result in results]
-    write_summary(arguments.output, seconds, blocks, n_planned, interrupted)
+    write_summary(arguments.output, seconds, blocks, **counts)
     frame = to_frame(blocks)
     print_tables(frame, _stdout(), task_scores(blocks))
     if not arguments.no_plots:
@@ -179,19 +221,6 @@ def summarise(
         save_plots(frame, arguments.output)
         save_quality_plots(blocks, arguments.output)
     print(f"results: {arguments.output}, summary: {arguments.output / 'experiment_summary.json'}")
-
-
-def log_to(folder: Path, verbose: bool) -> None:
-    """Log to `run.log` in the results folder; warnings also on stderr, and everything with `-v`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(folder / "run.log", encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_stderr = logging.StreamHandler()
-    to_stderr.setLevel(logging.INFO if verbose else logging.WARNING)
-    to_stderr.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    # A failure's traceback goes to the file; on the console its row in the table says enough.
-    to_stderr.addFilter(lambda record: verbose or record.exc_info is None)
-    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_stderr], force=True)
 
 
 def _stdout() -> Console:

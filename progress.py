@@ -1,13 +1,15 @@
 """How a sweep is shown while it runs: a bar with an ETA on a terminal, a line for each run elsewhere.
 
-Everything goes to stderr, so that stdout holds the tables and nothing else.
+Everything goes to stderr, so that stdout holds the tables and nothing else. What is logged goes to a file besides.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 class Silent:
     """Shows nothing."""
+
+    def resumed(self, n_results: int, note: str) -> None:
+        pass
 
     def loading(self, model_name: str) -> None:
         pass
@@ -40,6 +45,10 @@ class Lines(Silent):
     def __init__(self, n_runs: int):
         self.n_runs, self.n_finished = n_runs, 0
 
+    def resumed(self, n_results: int, note: str) -> None:
+        self.n_finished = n_results
+        print(note, file=sys.stderr, flush=True)
+
     def loading(self, model_name: str) -> None:
         print(f"loading {model_name}", file=sys.stderr, flush=True)
 
@@ -55,6 +64,10 @@ class Bar(Silent):
         self.progress = progress
         self.task = progress.add_task("starting", total=n_runs)
         self.now = ""
+
+    def resumed(self, n_results: int, note: str) -> None:
+        self.progress.reset(self.task, completed=n_results)  # and not an advance, which would spoil the ETA
+        self.progress.console.print(note, markup=False)
 
     def loading(self, model_name: str) -> None:
         self.progress.update(self.task, description=f"loading {model_name}")
@@ -107,3 +120,16 @@ def watch(n_runs: int, quiet: bool) -> Iterator[Silent]:
     )
     with Progress(*columns, console=console) as progress:
         yield Bar(progress, n_runs)
+
+
+def log_to(folder: Path, verbose: bool) -> None:
+    """Log to `run.log` in the results folder; warnings also on stderr, and everything with `-v`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_stderr = logging.StreamHandler()
+    to_stderr.setLevel(logging.INFO if verbose else logging.WARNING)
+    to_stderr.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    # A failure's traceback goes to the file; on the console its row in the table says enough.
+    to_stderr.addFilter(lambda record: verbose or not (record.exc_info or record.exc_text))
+    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_stderr], force=True)

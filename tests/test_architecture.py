@@ -22,6 +22,10 @@ MIN_DOCSTRING_WORDS = 15
 LAYERS = (
     "main",
     "sweep",
+    "launchers",
+    "process_launcher",
+    "ray_launcher",
+    "jobs",
     "quality",
     "predictive_prefetch",
     "kv_paging",
@@ -59,6 +63,8 @@ LAYERS = (
     "text_tables",
     "quality_frame",
     "comparison",
+    "shards",
+    "result_store",
     "result_frame",
     "progress",
     "plan_table",
@@ -96,6 +102,10 @@ LAYERS = (
 # and results start in a fraction of a second.
 NEED_TORCH = {
     "sweep",
+    "launchers",
+    "process_launcher",
+    "ray_launcher",
+    "jobs",
     "component_cli",
     "max_context",
     "generation",
