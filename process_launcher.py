@@ -47,14 +47,14 @@ class ProcessLauncher:
     def _do(self, job: Job, watcher: Watcher) -> Any:
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe(duplex=False)
-        self._process = context.Process(target=_alone, args=(job, there), daemon=True)
+        process = self._process = context.Process(target=_alone, args=(job, there), daemon=True)
         try:
             with _interrupts_held_back():
-                self._process.start()
+                process.start()
             there.close()  # so that the pipe ends when the process does
             outcomes = list(_listen(here, watcher))
-            self._process.join(SECONDS_TO_END)
-            exit_code = self._process.exitcode
+            process.join(SECONDS_TO_END)
+            exit_code = process.exitcode
         finally:
             here.close()
             self.close()

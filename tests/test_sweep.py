@@ -11,17 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import jobs as jobs_module
 import progress
-import sweep as sweep_module
+import result_store
 from config_schema import MODE_CLASSES
-from metrics import RunResult, token_agreement
+from launchers import LocalLauncher
+from metrics import RunResult
 from models import ModelUnavailable
 from planning import PlannedRun
 from progress import Bar, Lines, outcome
+from result_store import ResultStore
 from run_specs import expand
 from sweep import Sweep
 
 TINY = "random:configs/models/tiny-llama.json"
+NOT_COMPARED = {"matches_baseline": None, "first_divergent_token": None}
 SHAPE = SimpleNamespace(max_positions=None, learned_positions=False)
 
 
@@ -36,6 +40,9 @@ class Notes:
 
     def __init__(self, folder):
         self.folder, self.told = folder, []
+
+    def resumed(self, n_results, note):
+        self.told.append(("resumed", n_results, note))
 
     def loading(self, model_name):
         self.told.append(("loading", model_name))
@@ -60,12 +67,13 @@ def planned(*entries):
 
 @pytest.fixture
 def swept(monkeypatch, tmp_path):
-    """`swept(planned, generate)`: a finished sweep whose runs are made by `generate(spec, reference)`.
+    """`swept(planned, generate)`: a finished sweep whose runs are made by `generate(spec)`.
 
-    `generate` returns tokens, or raises. Models are stand-ins; those that are called "gone" cannot be loaded.
+    `generate` returns tokens, or raises. Models are stand-ins; those that are called "gone" cannot be loaded. Further
+    arguments are those of `Sweep.resume`, which is called only where there are any.
     """
 
-    def sweep_of(runs, generate):
+    def sweep_of(runs, generate, **resume):
         loaded = []
 
         def load(model_name, **how):
@@ -78,23 +86,33 @@ def swept(monkeypatch, tmp_path):
             loaded.append(weakref.ref(model))
             return model
 
-        def run(spec, model, *, reference, on_token):
-            ids = generate(spec, reference)
-            for n_tokens in range(1, len(ids[0]) + 1):
-                on_token(n_tokens)
-            quality = token_agreement(ids, reference)
-            return RunResult(spec=spec.to_dict(), run_id=spec.run_id, tokens={"ids": ids}, quality=quality)
+        def run(spec, model, *, on_token):
+            ids = generate(spec)
+            if on_token is not None:
+                for n_tokens in range(1, len(ids[0]) + 1):
+                    on_token(n_tokens)
+            return RunResult(
+                spec=spec.to_dict(),
+                run_id=spec.run_id,
+                duration_seconds=100.0,
+                environment={},
+                timing={"n_tokens": len(ids[0]), "tpot_ms": 1.0},
+                tokens={"ids": ids},
+                quality={"exact": spec.exact, **NOT_COMPARED},
+            )
 
-        monkeypatch.setattr(sweep_module, "load_model", load)
-        monkeypatch.setattr(sweep_module, "MODES", SimpleNamespace(load=lambda mode: run))
-        sweep = Sweep(runs, tmp_path, Notes(tmp_path))
+        monkeypatch.setattr(jobs_module, "load_model", load)
+        monkeypatch.setattr(jobs_module, "MODES", SimpleNamespace(load=lambda mode: run))
+        sweep = Sweep(runs, ResultStore(tmp_path), LocalLauncher(), Notes(tmp_path))
+        if resume:
+            sweep.resume(**resume)
         sweep.run()
         return sweep, loaded
 
     return sweep_of
 
 
-def tokens(spec, reference):
+def tokens(spec):
     return [[1, 2]]
 
 
@@ -149,10 +167,10 @@ def test_a_model_is_loaded_once_for_all_its_runs_and_freed_before_the_next(swept
     ],
 )
 def test_a_run_that_raises_is_a_row_and_the_others_go_on(swept, tmp_path, error, status):
-    def generate(spec, reference):
+    def generate(spec):
         if spec.mode == "reactive":
             raise error
-        return tokens(spec, reference)
+        return tokens(spec)
 
     sweep, _ = swept(planned(*THREE), generate)
     assert statuses(sweep) == {"baseline": "ok", "reactive": status, "predictive": "ok"}
@@ -171,10 +189,10 @@ def test_a_model_that_cannot_be_loaded_fails_its_own_runs_only(swept):
 
 
 def test_ctrl_c_ends_the_sweep_and_keeps_what_is_finished(swept, tmp_path):
-    def generate(spec, reference):
+    def generate(spec):
         if spec.mode == "reactive":
             raise KeyboardInterrupt
-        return tokens(spec, reference)
+        return tokens(spec)
 
     sweep, _ = swept(planned(*THREE), generate)
     assert sweep.interrupted
@@ -182,38 +200,60 @@ def test_ctrl_c_ends_the_sweep_and_keeps_what_is_finished(swept, tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 1
 
 
-def test_a_run_is_compared_with_the_dynamic_baseline_of_its_own_context(swept):
-    compared = {}
+def matches(sweep):
+    """Of each run whether it gave the baseline's tokens, and where it began to differ."""
+    return {
+        (result.spec["name"], result.spec["context_length"]): (
+            result.quality["matches_baseline"],
+            result.quality["first_divergent_token"],
+        )
+        for result in sweep.results
+        if result.ok
+    }
 
-    def generate(spec, reference):
-        compared[spec.label, spec.context_length] = reference
+
+def test_a_run_is_compared_with_the_dynamic_baseline_of_its_own_context(swept, tmp_path):
+    def generate(spec):
         return [[spec.context_length, 0 if spec.cache_implementation == "quantized" else 1]]
 
     lengths = {"context_lengths": [48, 96]}
     quantized = ("baseline", lengths | {"name": "fp8", "cache_implementation": "quantized"})
-    swept(planned(quantized, ("reactive", lengths), ("baseline", lengths)), generate)
-    assert compared == {
-        ("baseline", 48): None,
-        ("baseline", 96): None,
-        ("fp8", 48): [[48, 1]],
-        ("fp8", 96): [[96, 1]],
-        ("reactive", 48): [[48, 1]],
-        ("reactive", 96): [[96, 1]],
+    sweep, _ = swept(planned(quantized, ("reactive", lengths), ("baseline", lengths)), generate)
+    expected = {
+        ("baseline", 48): (None, None),
+        ("baseline", 96): (None, None),
+        ("fp8", 48): (False, 1),
+        ("fp8", 96): (False, 1),
+        ("reactive", 48): (True, None),
+        ("reactive", 96): (True, None),
     }
+    assert matches(sweep) == expected
+    on_disk = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert {
+        (block["spec"]["name"], block["spec"]["context_length"]): tuple(block["quality"][key] for key in NOT_COMPARED)
+        for block in on_disk
+    } == expected
+
+
+def test_an_exact_run_with_other_tokens_is_warned_of_and_an_approximation_is_not(swept, caplog):
+    def generate(spec):
+        return [[1, 2]] if spec.mode == "baseline" else [[1, 3]]
+
+    approximate = ("reactive", {"name": "half", "selector": "quest", "attention_pages": 3, "quality": False})
+    swept(planned(THREE[0], THREE[1], approximate), generate)
+    (warning,) = [record for record in caplog.records if "tokens differ" in record.message]
+    assert warning.message.startswith("reactive_smollm2")
 
 
 @pytest.mark.parametrize("other_cache", ["static", "quantized"])
 def test_without_a_dynamic_baseline_that_succeeded_there_is_nothing_to_compare_with(swept, other_cache):
-    compared = {}
-
-    def generate(spec, reference):
+    def generate(spec):
         if spec.cache_implementation == "dynamic":
             raise MemoryError
-        compared[spec.label] = reference
-        return tokens(spec, reference)
+        return tokens(spec)
 
-    swept(planned(*THREE, ("baseline", {"name": "other", "cache_implementation": other_cache})), generate)
-    assert compared == {"other": None, "reactive": None, "predictive": None}
+    sweep, _ = swept(planned(*THREE, ("baseline", {"name": "other", "cache_implementation": other_cache})), generate)
+    assert matches(sweep) == {(name, 48): (None, None) for name in ("other", "reactive", "predictive")}
 
 
 def test_a_clamp_found_only_after_loading_is_made_and_recorded(swept, monkeypatch):
@@ -294,7 +334,7 @@ def test_a_result_that_cannot_be_written_is_a_row_and_the_others_go_on(swept, mo
             raise OSError("no space left on device")
         written.append(path.name.partition("_")[0])
 
-    monkeypatch.setattr(sweep_module, "write_json", full_disk)
+    monkeypatch.setattr(result_store, "write_json", full_disk)
     sweep, _ = swept(planned(*THREE), tokens)
     assert statuses(sweep) == {"baseline": "ok", "reactive": "error", "predictive": "ok"}
     assert sweep.results[1].error == "measured, but not written: no space left on device"
