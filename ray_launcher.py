@@ -32,6 +32,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what later versions do, and this one would warn of
 }
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's own way, on any system, to keep to 127.0.0.1
 
 
 class RayLauncher:
@@ -50,15 +51,16 @@ class RayLauncher:
     by_model = False
 
     def __init__(self, address: str | None = None, cpus: int | None = None):
-        for name, value in QUIET.items():
+        here_only = address is None and "RAY_ADDRESS" not in os.environ
+        for name, value in (QUIET | LOOPBACK if here_only else QUIET).items():
             os.environ.setdefault(name, value)
         try:
             import ray
         except ImportError as error:
             raise ImportError("--launcher ray needs Ray, which is an extra: pip install -e '.[cluster]'") from error
         self.ray, self.cpus = ray, cpus
-        here_only = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        options = here_only if address is None and "RAY_ADDRESS" not in os.environ else {"address": address}
+        # "local", as with None Ray would also try a cluster that was left behind on this machine, for long if it is gone.
+        options = {"address": "local", "include_dashboard": False} if here_only else {"address": address}
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options)
         except (ConnectionError, ValueError) as error:
