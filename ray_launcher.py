@@ -59,7 +59,7 @@ class RayLauncher:
         except ImportError as error:
             raise ImportError("--launcher ray needs Ray, which is an extra: pip install -e '.[cluster]'") from error
         self.ray, self.cpus = ray, cpus
-        # "local", as with None Ray would also try a cluster that was left behind on this machine, for long if it is gone.
+        # "local": given None, Ray would try a cluster that was left behind on this machine, and for long if it is gone.
         options = {"address": "local", "include_dashboard": False} if here_only else {"address": address}
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options)

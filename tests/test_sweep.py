@@ -95,7 +95,7 @@ def swept(monkeypatch, tmp_path):
                 spec=spec.to_dict(),
                 run_id=spec.run_id,
                 duration_seconds=100.0,
-                environment={},
+                environment={"cpu": "this one"},
                 timing={"n_tokens": len(ids[0]), "tpot_ms": 1.0},
                 tokens={"ids": ids},
                 quality={"exact": spec.exact, **NOT_COMPARED},
@@ -261,6 +261,160 @@ def test_a_clamp_found_only_after_loading_is_made_and_recorded(swept, monkeypatc
     sweep, _ = swept(planned(THREE[0]), tokens)
     spec = sweep.results[0].spec
     assert (spec["requested_context_length"], spec["context_length"]) == (48, 36)
+
+
+# --- resuming -----------------------------------------------------------------------------------------------
+
+
+class Made:
+    """Makes runs with given tokens and writes down which."""
+
+    def __init__(self, failing=()):
+        self.names, self.failing = [], failing
+
+    def __call__(self, spec):
+        self.names.append(spec.name)
+        if spec.name in self.failing:
+            raise MemoryError("too much")
+        return tokens(spec)
+
+
+def test_a_resumed_sweep_makes_only_what_has_no_result_and_holds_all(swept, tmp_path):
+    runs = planned(*THREE)
+    swept(runs[:2], Made())
+    made = Made()
+    sweep, loaded = swept(runs, made, retry_failed=False)
+    assert made.names == ["predictive"]
+    assert statuses(sweep) == {"baseline": "ok", "reactive": "ok", "predictive": "ok"}
+    assert sweep.results[2].quality["matches_baseline"] is True  # with the tokens of the baseline's file
+    assert sweep.watcher.told[0] == ("resumed", 2, f"2 of 3 runs have a result in {tmp_path}")
+    assert (sweep.n_reused, len(loaded)) == (2, 1)
+    assert 200.0 <= sweep.seconds < 260.0  # two runs of 100 s were there, and this took no time
+
+
+def test_where_nothing_is_left_no_model_is_loaded(swept):
+    runs = planned(*THREE)
+    swept(runs, Made())
+    made = Made()
+    _, loaded = swept(runs, made, retry_failed=False)
+    assert (made.names, loaded) == ([], [])
+
+
+def test_failures_stay_unless_they_are_to_be_retried(swept):
+    runs = planned(*THREE)
+    swept(runs, Made(failing=["reactive"]))
+    made = Made()
+    sweep, _ = swept(runs, made, retry_failed=False)
+    assert made.names == []
+    assert statuses(sweep)["reactive"] == "out_of_memory"
+    assert "1 failed, and stay so, as only --retry-failed makes them again" in sweep.watcher.told[0][2]
+    sweep, _ = swept(runs, made, retry_failed=True)
+    assert made.names == ["reactive"]
+    assert statuses(sweep)["reactive"] == "ok"
+    assert "1 failed, and will be made again" in sweep.watcher.told[0][2]
+
+
+def test_a_run_that_has_waited_for_its_baseline_is_compared_once_that_is_there(swept, tmp_path):
+    runs = planned(*THREE)
+    swept(runs, Made(failing=["baseline"]))
+    sweep, _ = swept(runs, Made(), retry_failed=True)
+    assert matches(sweep) == {
+        ("baseline", 48): (None, None),
+        ("reactive", 48): (True, None),
+        ("predictive", 48): (True, None),
+    }
+    (path,) = tmp_path.glob("reactive_*.json")
+    assert json.loads(path.read_text())["quality"]["matches_baseline"] is True
+
+
+def test_a_changed_list_reuses_nothing_and_says_how_much_it_leaves_aside(swept, caplog):
+    swept(planned(*THREE), Made())
+    made = Made()
+    longer = [(mode, {"max_new_tokens": 5}) for mode, _ in THREE]
+    sweep, _ = swept(planned(*longer), made, retry_failed=False)
+    assert made.names == ["baseline", "reactive", "predictive"]
+    assert len(sweep.results) == 3
+    assert "holds 3 results of other runs, or of other settings" in caplog.text
+
+
+def test_a_broken_file_is_named_and_its_run_is_made_again(swept, tmp_path, caplog):
+    runs = planned(*THREE)
+    swept(runs, Made())
+    (path,) = tmp_path.glob("reactive_*.json")
+    path.write_text(path.read_text()[:300])
+    made = Made()
+    swept(runs, made, retry_failed=False)
+    assert made.names == ["reactive"]
+    assert f"WARNING  sweep:sweep.py:{caplog.records[0].lineno} {path}: " in caplog.text
+    assert "this run is made again" in caplog.text
+    assert json.loads(path.read_text())["status"] == "ok"
+
+
+def test_quality_that_was_cut_short_is_made_up_without_the_timed_run(swept, monkeypatch, tmp_path):
+    runs = planned(("baseline", {"quality": {"fidelity_tokens": 4}, "num_runs": 2}), ("reactive", {}))
+
+    def interrupted(spec, model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs_module, "quality_figures", interrupted)
+    cut, _ = swept(runs, Made())
+    assert cut.interrupted and len(cut.results) == 3
+    measured = []
+    figures = {"fidelity": {"kl_mean": 0.0}, "tasks": None}
+    monkeypatch.setattr(jobs_module, "quality_figures", lambda spec, model: measured.append(spec) or figures)
+    made = Made()
+    swept(runs, made, retry_failed=False)
+    assert made.names == []
+    assert measured == [runs[0].spec]  # once for all repetitions, and not where nobody asks for it
+    (path,) = tmp_path.glob("baseline_*run0*.json")
+    assert json.loads(path.read_text())["quality"]["fidelity"] == {"kl_mean": 0.0}
+    swept(runs, made, retry_failed=False)
+    assert len(measured) == 1
+
+
+def test_quality_that_failed_is_measured_again_only_where_failures_are(swept, monkeypatch):
+    runs = planned(("baseline", {"quality": {"fidelity_tokens": 4}}))
+    bad = {"fidelity": None, "tasks": None, "error": "no tokenizer"}
+    monkeypatch.setattr(jobs_module, "quality_figures", lambda spec, model: dict(bad))
+    swept(runs, Made())
+    good = {"fidelity": {"kl_mean": 0.0}, "tasks": None}
+    monkeypatch.setattr(jobs_module, "quality_figures", lambda spec, model: dict(good))
+    sweep, _ = swept(runs, Made(), retry_failed=False)
+    assert sweep.results[0].quality["error"] == "no tokenizer"
+    sweep, _ = swept(runs, Made(), retry_failed=True)
+    assert "error" not in sweep.results[0].quality
+    assert sweep.results[0].quality["fidelity"] == {"kl_mean": 0.0}
+
+
+def test_old_and_new_results_of_different_machines_are_warned_of(swept, tmp_path, caplog):
+    runs = planned(*THREE)
+    swept(runs[:1], Made())
+    (path,) = tmp_path.glob("baseline_*.json")
+    block = json.loads(path.read_text())
+    path.write_text(json.dumps(block | {"environment": {"cpu": "another one"}}))
+    swept(runs, Made(), retry_failed=False)
+    (warning,) = [record.getMessage() for record in caplog.records if "another machine" in record.getMessage()]
+    assert warning.startswith("1 of the results found are of another machine or version")
+    assert warning.endswith("cpu: another one -> this one")
+
+
+class Backwards(LocalLauncher):
+    """Gives the outcomes in the reverse order, as a cluster may."""
+
+    by_model = False
+
+    def perform(self, jobs, watcher):
+        yield from super().perform(list(reversed(jobs)), watcher)
+
+
+def test_the_order_in_which_runs_come_back_does_not_matter(swept, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.LocalLauncher", Backwards)
+    sweep, _ = swept(planned(*THREE), Made())
+    assert [note[1] for note in sweep.watcher.told if note[0] == "finished"] == ["predictive", "reactive", "baseline"]
+    assert list(statuses(sweep)) == ["baseline", "reactive", "predictive"]
+    assert [result.quality["matches_baseline"] for result in sweep.results] == [None, True, True]
+    for path in tmp_path.glob("[rp]*.json"):
+        assert json.loads(path.read_text())["quality"]["matches_baseline"] is True
 
 
 # --- how it is shown ----------------------------------------------------------------------------------------
