@@ -13,7 +13,6 @@ from config_schema import MODE_CLASSES
 from jobs import QualityMeasurement, TimedRun, Worker
 from launchers import LocalLauncher, make_launcher
 from planning import PlannedRun
-from process_launcher import ProcessLauncher
 from progress import Silent
 from registry import LAUNCHERS
 from result_store import ResultStore
@@ -244,7 +243,3 @@ def test_the_memory_of_one_model_is_free_before_the_next_is_loaded(monkeypatch):
     finally:
         gc.enable()
         logging.disable(logging.NOTSET)
-
-
-def test_launchers_that_load_a_model_for_each_job_still_take_the_models_in_turn():
-    assert (LocalLauncher.by_model, ProcessLauncher.by_model) == (True, True)
