@@ -3,6 +3,10 @@
     python main.py                        run experiment_config.yaml, results in logs/
     python main.py --config F --output D  another list, another folder
     python main.py --plan                 what would run, and the floor of each run; loads nothing
+    python main.py --resume               run what has no result yet in the output folder
+    python main.py --isolate              each run in a process of its own; --launcher ray: on a cluster
+    python main.py --shard 2/3            the second of three parts of the list
+    python main.py --summarise DIR        summary, tables and plots of the results in a folder; runs nothing
     python main.py --list                 modes, policies, selectors and predictors with their parameters
     python main.py --compare A B          what differs between two results folders; --fail-if "tpot_ms>5%" for CI
     python main.py --create-config [F]    write a commented experiment list to start from
@@ -16,83 +20,18 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import PROJECT_FOLDER
+from command_line import parse_arguments, plot_formats_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from metrics import RunResult
     from planning import PlannedRun
 
-DEFAULT_CONFIG = PROJECT_FOLDER / "experiment_config.yaml"
-DEFAULT_OUTPUT = Path("logs")
 OK, FAILED, WRONG_CONFIG, INTERRUPTED = 0, 1, 2, 130
-
-
-def seed(text: str) -> int:
-    """A seed as the config takes it."""
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"must be between 0 and {2**32 - 1}, found {text}")
-    return number
-
-
-def plot_formats(text: str) -> list[str]:
-    """Formats of plots, with commas between."""
-    from plots import parse_formats
-
-    try:
-        return parse_formats(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="main.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="F", help="experiment list (YAML)")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="results folder (logs)")
-    parser.add_argument("--no-plots", action="store_true", help="write no plots")
-    parser.add_argument(
-        "--plot-format",
-        type=plot_formats,
-        action="extend",
-        metavar="F",
-        help="png, pdf, svg; several with commas (png)",
-    )
-    parser.add_argument("--plan", action="store_true", help="print the runs, their sizes and floors; run nothing")
-    parser.add_argument("--list", action="store_true", help="print modes, policies, selectors, predictors")
-    parser.add_argument(
-        "--tracker", action="append", default=[], metavar="T", help="also record in tensorboard or mlflow; repeatable"
-    )
-    parser.add_argument("--seed", type=seed, metavar="N", help="replaces the seed of every experiment")
-    parser.add_argument(
-        "--create-config",
-        type=Path,
-        nargs="?",
-        const=Path("experiment_config.yaml"),
-        metavar="F",
-        help="write a commented experiment list (to experiment_config.yaml) and stop",
-    )
-    parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="compare two results folders, and stop"
-    )
-    parser.add_argument(
-        "--fail-if",
-        action="append",
-        default=[],
-        metavar="COND",
-        help="with --compare: exit with 1 if B is worse than A by more, such as 'tpot_ms>5%%'; repeatable",
-    )
-    parser.add_argument("--force", action="store_true", help="let --create-config overwrite a file")
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("-q", "--quiet", action="store_true", help="tables only, no progress")
-    loudness.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +51,8 @@ def command(arguments: argparse.Namespace) -> int:
         return list_parts()
     if arguments.compare or arguments.fail_if:
         return compare(arguments.compare, arguments.fail_if)
+    if arguments.summarise is not None:
+        return report_on(arguments)
     try:
         planned = planned_runs(arguments)
     except (ValueError, ImportError) as error:  # ConfigError is a ValueError with one line for each fault
@@ -122,6 +63,9 @@ def command(arguments: argparse.Namespace) -> int:
         from run_estimates import estimate
 
         print_plan(planned, _stdout(), estimate(planned, arguments.output))
+        return OK
+    if not planned:
+        print(f"--shard {arguments.shard}: this part of the list has no runs")
         return OK
     return run(planned, arguments)
 
@@ -183,73 +127,62 @@ def planned_runs(arguments: argparse.Namespace) -> list[PlannedRun]:
     from planning import plan
     from run_specs import expand
 
-    return plan(expand(load_experiments(arguments.config), seed=arguments.seed))
+    planned = plan(expand(load_experiments(arguments.config), seed=arguments.seed))
+    if arguments.shard is None:
+        return planned
+    from shards import shard
+
+    return shard(planned, arguments.shard)
 
 
 def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
-    """Make the runs, then summarise whatever there is."""
-    from progress import watch
+    """Make the runs, then publish whatever there is."""
+    from progress import log_to, watch
+    from publishing import publish
+    from result_store import ResultStore, whole
     from trackers import Trackers
 
     try:
         trackers = Trackers.named(arguments.tracker, arguments.output)
+        log_to(arguments.output, arguments.verbose)
     except ValueError as error:
         print(error, file=sys.stderr)
         return WRONG_CONFIG
-    try:
-        log_to(arguments.output, arguments.verbose)
     except OSError as error:
         print(f"--output {arguments.output}: {error.strerror}", file=sys.stderr)
         return WRONG_CONFIG
     for note in dict.fromkeys(f"{p.spec.model_name}: {note}" for p in planned for note in p.notes):
         logging.getLogger(__name__).warning(note)
-    started = time.perf_counter()
     with watch([run.spec for run in planned], arguments.quiet, arguments.verbose) as watcher:
+        from launchers import make_launcher
         from sweep import Sweep
 
-        sweep = Sweep(planned, arguments.output, trackers.beside(watcher))
+        try:
+            launcher = make_launcher(arguments.launcher, arguments.ray_address, arguments.ray_cpus)
+        except (ValueError, ImportError) as error:
+            print(error, file=sys.stderr)
+            return WRONG_CONFIG
+        sweep = Sweep(planned, ResultStore(arguments.output), launcher, trackers.beside(watcher))
+        if arguments.resume or arguments.retry_failed:
+            sweep.resume(arguments.retry_failed)
         sweep.run()
-    seconds = time.perf_counter() - started
-    summarise(sweep.results, seconds, len(planned), sweep.interrupted, arguments)
+    blocks = [result.to_dict() for result in sweep.results]
+    counts = {"planned": len(planned), "interrupted": sweep.interrupted, "reused": sweep.n_reused}
+    publish(blocks, arguments.output, sweep.seconds, _stdout(), plot_formats_of(arguments), **counts)
     trackers.finish(sweep.results, arguments.output)
-    if sweep.interrupted:
-        return INTERRUPTED
-    whole = all(result.ok and "error" not in (result.quality or {}) for result in sweep.results)
-    return OK if whole else FAILED
+    return INTERRUPTED if sweep.interrupted else OK if whole(blocks) else FAILED
 
 
-def summarise(
-    results: Sequence[RunResult], seconds: float, n_planned: int, interrupted: bool, arguments: argparse.Namespace
-) -> None:
-    """Write the summary, the plots, the exports and the report, print the tables."""
-    from exports import write_exports
-    from report_html import write_report
-    from reporting import print_tables, task_scores, to_frame, write_summary
+def report_on(arguments: argparse.Namespace) -> int:
+    """Publish what a folder holds, of one sweep or put together from several."""
+    from publishing import publish_folder
 
-    blocks = [result.to_dict() for result in results]
-    summary = write_summary(arguments.output, seconds, blocks, n_planned, interrupted)
-    frame = to_frame(blocks)
-    print_tables(frame, _stdout(), task_scores(blocks))
-    if not arguments.no_plots:
-        from plot_list import save_all_plots
-
-        save_all_plots(blocks, arguments.output, arguments.plot_format or ["png"])
-    write_exports(blocks, frame, arguments.output)
-    report = write_report(blocks, frame, summary, arguments.output, plots=not arguments.no_plots)
-    print(f"results: {arguments.output}, summary: {arguments.output / 'experiment_summary.json'}, report: {report}")
-
-
-def log_to(folder: Path, verbose: bool) -> None:
-    """Log to `run.log` in the results folder; warnings also on stderr, and everything with `-v`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(folder / "run.log", encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_stderr = logging.StreamHandler()
-    to_stderr.setLevel(logging.INFO if verbose else logging.WARNING)
-    to_stderr.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    # A failure's traceback goes to the file; on the console its row in the table says enough.
-    to_stderr.addFilter(lambda record: verbose or record.exc_info is None)
-    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_stderr], force=True)
+    try:
+        is_whole = publish_folder(arguments.summarise, _stdout(), plot_formats_of(arguments))
+    except ValueError as error:
+        print(f"--summarise {error}", file=sys.stderr)
+        return WRONG_CONFIG
+    return OK if is_whole else FAILED
 
 
 def _stdout() -> Console:

@@ -6,6 +6,8 @@ cut to the width of the terminal, for a line that wraps cannot be drawn over and
 another thread, four times a second: showing a token costs the measured loop no more than noting it.
 
 The hit rate beside the run under way is that of the last finished run of the same strategy and context.
+
+What is logged goes to a file besides (`log_to`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -43,6 +46,9 @@ SHORTEST_NAME = 12
 class Silent:
     """Shows nothing."""
 
+    def resumed(self, results: Sequence[RunResult], note: str) -> None:
+        pass
+
     def loading(self, model_name: str) -> None:
         pass
 
@@ -67,6 +73,12 @@ class Lines(Silent):
         self.n_runs, self.n_finished, self.verbose = len(specs), 0, verbose
         self.pace = Pace(specs)
         self.plus_quality = _plus_quality(specs)
+
+    def resumed(self, results: Sequence[RunResult], note: str) -> None:
+        self.n_finished = len(results)
+        for result in results:
+            self.pace.finished(result)
+        self._say(note)
 
     def loading(self, model_name: str) -> None:
         self._say(f"loading {model_name}")
@@ -108,6 +120,13 @@ class Bar(Silent):
         self.hit_rates: dict[tuple[str, int], str] = {}
         self.progress = _TwoLines(self, console)
         self.task = self.progress.add_task("runs", total=len(specs))
+
+    def resumed(self, results: Sequence[RunResult], note: str) -> None:
+        self.n_finished = len(results)
+        for result in results:
+            self.pace.finished(result)
+        self.progress.update(self.task, completed=len(results))
+        self.progress.console.print(note, markup=False)
 
     def loading(self, model_name: str) -> None:
         self.spec, self.now = None, f"loading {model_name}"
@@ -285,3 +304,16 @@ class _Above:
 
     def flush(self) -> None:
         pass
+
+
+def log_to(folder: Path, verbose: bool) -> None:
+    """Log to `run.log` in the results folder; warnings also on stderr, and everything with `-v`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_stderr = logging.StreamHandler()
+    to_stderr.setLevel(logging.INFO if verbose else logging.WARNING)
+    to_stderr.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    # A failure's traceback goes to the file; on the console its row in the table says enough.
+    to_stderr.addFilter(lambda record: verbose or not (record.exc_info or record.exc_text))
+    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_stderr], force=True)

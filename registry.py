@@ -1,4 +1,4 @@
-"""Names for the parts a user can choose or bring: modes, policies, selectors, predictors, tasks.
+"""Names for the parts a user can choose or bring: modes, policies, selectors, predictors, tasks, launchers.
 
 A registry is a table of `"name": "module:Class"`. Nothing is imported until a name is resolved, so a module that needs
 torch costs nothing to be listed here. Reading a config resolves the parts it names, to check their parameters; the
@@ -228,4 +228,13 @@ TASKS = Registry(
         "prose_perplexity": "prose_task:ProsePerplexity",
     },
     verbs=("item", "score", "has_depth"),
+)
+LAUNCHERS = Registry(
+    "launcher",
+    {
+        "local": "launchers:LocalLauncher",
+        "process": "process_launcher:ProcessLauncher",
+        "ray": "ray_launcher:RayLauncher",
+    },
+    verbs=("perform", "close"),
 )

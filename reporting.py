@@ -121,6 +121,10 @@ SPREAD_AVERAGES = (
 
 DEFINITIONS = {
     "total_experiments": "Runs made, also those that failed; each repetition at each context is one.",
+    "total_duration_seconds": "Wall-clock seconds of the runs that this command made, with loading and quality; and of"
+    " each of the reused_experiments the duration of its own run, without them.",
+    "reused_experiments": "Results that were there before, of a sweep that was resumed or of a folder that was only"
+    " summarised.",
     "planned_experiments": "Runs there were to be; an interrupted sweep made fewer. Null where it was not said.",
     "average_*": "Arithmetic mean over the successful runs of the mode or strategy, all contexts together. Where a mode"
     " has exact and approximate strategies, over the exact ones; approximate_left_out names the others.",
@@ -199,9 +203,12 @@ def write_summary(
     results: Iterable[Result] | None = None,
     planned: int | None = None,
     interrupted: bool = False,
+    reused: int = 0,
+    problems: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write `experiment_summary.json`, for the results in the folder or those given, and return it."""
-    summary = summarise(folder if results is None else results, duration_seconds, planned, interrupted)
+    source = folder if results is None else results
+    summary = summarise(source, duration_seconds, planned, interrupted, reused, problems)
     write_json(Path(folder) / "experiment_summary.json", summary)
     return summary
 
@@ -211,14 +218,18 @@ def summarise(
     duration_seconds: float | None = None,
     planned: int | None = None,
     interrupted: bool = False,
+    reused: int = 0,
+    problems: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The summary of a folder or of results already read, as strict JSON: no NaN, null where missing.
 
     Args:
         planned: how many runs there were to be, where that is known.
         interrupted: whether the sweep was stopped before it made them all.
+        reused: how many of the results were there before.
+        problems: a line for each file that could not be read, of results already read.
     """
-    results, problems = load_results(source) if isinstance(source, str | Path) else (source, [])
+    results, problems = load_results(source) if isinstance(source, str | Path) else (source, list(problems))
     results = list(results)
     frame, scores = to_frame(results), task_scores(results)
     mode_summaries = {mode: _mode_summary(frame[frame["mode"] == mode]) for mode in MODES}
@@ -232,6 +243,7 @@ def summarise(
             "total_duration_seconds": duration_seconds,
             "planned_experiments": planned,
             "interrupted": interrupted,
+            "reused_experiments": reused,
         },
         "mode_summaries": mode_summaries,
         "strategy_summaries": {

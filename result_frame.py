@@ -66,13 +66,13 @@ def load_results(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     results, problems = [], []
     for path in sorted(path for mode in MODES for path in folder.glob(f"{mode}_*.json")):
         try:
-            results.append(_read_result(path))
+            results.append(read_result(path))
         except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{path}: {error}")
     return sorted(results, key=lambda result: (mode_rank(result), str(result.get("started_at") or ""))), problems
 
 
-def _read_result(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
     result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     if not isinstance(result, dict):
         raise ValueError("not a result: the file holds no JSON object")

@@ -1,40 +1,33 @@
-"""Run a plan: load each model once, make its runs in order, write each result as it is there.
+"""Run a plan: decide what is to be made, have it made, and keep each result as soon as it is there.
 
-A failure is a row. Whatever a run raises becomes a result with a status and a reason, is written like any other, and
-the sweep goes on; nothing already measured is lost. Ctrl-C ends the sweep and keeps what is finished.
+A sweep takes from the results folder what a former one has left there (`resume`), gives the rest to a launcher as jobs,
+timed runs first and then the quality of those that are to have one, and compares each run's tokens with the
+baseline's, whichever of the two comes first. Where and how a job is done is the launcher's affair (launchers.py).
+
+A failure is a row. Whatever happens to a run becomes a result with a status and a reason, is written like any other,
+and the sweep goes on; nothing already measured is lost. Ctrl-C ends the sweep and keeps what is finished.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
-from typing import Protocol
 
-import torch
-
-from generation import failed_run
-from metrics import RunResult
-from models import LoadedModel, load_model
-from planning import PlannedRun, fit_positions
-from quality import needs_quality, quality_figures
-from registry import MODES
+from jobs import QualityMeasurement, TimedRun, Watcher
+from launchers import Launcher
+from metrics import RunResult, token_agreement
+from planning import PlannedRun
+from quality import needs_quality
+from result_store import ResultStore, other_machine, whole
 from run_specs import RunSpec
-from utils import write_json
 from workloads import TokenRows
 
 log = logging.getLogger(__name__)
 
-
-class Watcher(Protocol):
-    """Told how a sweep goes on."""
-
-    def loading(self, model_name: str) -> None: ...
-    def started(self, spec: RunSpec) -> None: ...
-    def token(self, n_tokens: int) -> None: ...
-    def finished(self, result: RunResult) -> None: ...
+Kept = tuple[RunSpec, RunResult]  # a run and its result; the spec is the run as it was made, clamped or not
 
 
 class Sweep:
@@ -42,105 +35,186 @@ class Sweep:
 
     Args:
         planned: runs, those of one model next to each other.
-        output: folder for the results; made if missing.
+        store: where results are kept.
+        launcher: has the jobs done; closed at the end.
         watcher: told how it goes.
+
+    Attributes:
+        interrupted: whether Ctrl-C cut it short.
+        n_reused: how many results were there already.
+        seconds: wall-clock time of `run`, and of each result that was there already its own `duration_seconds`, which
+            leaves out loading its model and measuring its quality.
     """
 
-    def __init__(self, planned: Sequence[PlannedRun], output: Path, watcher: Watcher):
-        self.planned, self.output, self.watcher = planned, output, watcher
-        self.results: list[RunResult] = []
-        self.interrupted = False
-        self._baseline_tokens: dict[tuple, TokenRows] = {}
+    def __init__(self, planned: Sequence[PlannedRun], store: ResultStore, launcher: Launcher, watcher: Watcher):
+        self.specs = [run.spec for run in planned]
+        self.store, self.launcher, self.watcher = store, launcher, watcher
+        self.interrupted, self.n_reused, self.seconds = False, 0, 0.0
+        self._kept: dict[str, Kept] = {}  # by the run_id of the plan
+        self._baselines = BaselineTokens()
+        self._retry_failed = False
+        self._reused: list[RunResult] = []  # good ones, until their machine has been compared with this one
+
+    @property
+    def results(self) -> list[RunResult]:
+        """Those there are, in the order of the plan."""
+        return [self._kept[spec.run_id][1] for spec in self.specs if spec.run_id in self._kept]
+
+    # --- what is there already --------------------------------------------------------------------------------------
+
+    def resume(self, retry_failed: bool = False) -> None:
+        """Take from the folder the results of this plan's runs, so that they are not made again.
+
+        Args:
+            retry_failed: make again what has failed. Otherwise a failure is a result like any other.
+        """
+        self._retry_failed = retry_failed
+        self.store.remove_torn(self.specs)
+        found = self.store.find(self.specs)
+        for problem in found.problems:
+            log.warning("%s; this run is made again", problem)
+        taken = [(spec, result) for spec, result in found.results if result.ok or not retry_failed]
+        for spec, result in taken:
+            self._kept[spec.run_id] = (spec, result)
+            self.seconds += result.duration_seconds or 0.0
+        for changed in [changed for kept in taken for changed in self._compare(*kept)]:
+            self._write(*changed)
+        self._reused = [result for _, result in taken if result.ok]
+        self.n_reused = len(taken)
+        n_failed = sum(not whole([result.to_dict()]) for _, result in found.results)
+        note = f"{len(taken)} of {len(self.specs)} runs have a result in {self.store.folder}"
+        if n_failed:
+            note += f"; {n_failed} failed, and " + (
+                "will be made again" if retry_failed else "stay so, as only --retry-failed makes them again"
+            )
+        log.info("resumed: %s", note)
+        self.watcher.resumed([result for _, result in taken], note)
+
+    # --- what is to be made -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Make every run; `interrupted` tells whether Ctrl-C cut it short."""
+        """Make every run that has no result; `interrupted` tells whether Ctrl-C cut it short."""
         self._say_what_else_is_there()
+        started = time.perf_counter()
         try:
-            for _, group in groupby(self.planned, key=lambda planned: planned.spec.model_key):
-                self._run_group([planned.spec for planned in group])
+            for specs in self._portions():
+                self._make_runs([spec for spec in specs if spec.run_id not in self._kept])
+                self._measure_quality([self._kept[spec.run_id] for spec in specs])
         except KeyboardInterrupt:
             self.interrupted = True
-            log.warning("interrupted after %d of %d runs", len(self.results), len(self.planned))
+            log.warning("interrupted after %d of %d runs", len(self._kept), len(self.specs))
+        finally:
+            self.launcher.close()
+            self.seconds += time.perf_counter() - started
 
     def _say_what_else_is_there(self) -> None:
-        own = {f"{planned.spec.slug}.json" for planned in self.planned}
-        others = [path for path in self.output.glob("*_ctx*_run*_*.json") if path.name not in own]
-        if others:
+        n_others = self.store.count_others(self.specs)
+        if n_others:
             log.warning(
-                "%s holds %d results of other runs; this summary leaves them out, but what reads the folder will see"
-                " them",
-                self.output,
-                len(others),
+                "%s holds %d results of other runs, or of other settings; this summary leaves them out, but what reads"
+                " the folder will see them",
+                self.store.folder,
+                n_others,
             )
 
-    def _run_group(self, specs: Sequence[RunSpec]) -> None:
-        """All runs of one model, which is loaded once and freed after."""
-        self.watcher.loading(specs[0].model_name)
-        log.info("loading %s for %d runs", specs[0].model_name, len(specs))
-        try:
-            model = load_model(**specs[0].model_options)
-        except Exception as error:
-            log.exception("loading %s failed", specs[0].model_name)
-            for spec in specs:
-                self._keep(spec, failed_run(spec, error))
+    def _portions(self) -> Iterator[Sequence[RunSpec]]:
+        """The runs of one model, and of the next; or all at once where no two runs share a loaded model."""
+        if not self.launcher.by_model:
+            yield self.specs
             return
-        finished = [self._run_one(spec, model) for spec in specs]
-        for spec, result in finished:  # only now, as it would show in the memory and the heat of what is timed
-            if result.ok and needs_quality(spec):
-                self._measure_quality(spec, model, result)
-        del model
-        _give_back_memory()
+        for _, of_model in groupby(self.specs, key=lambda spec: spec.model_key):
+            yield list(of_model)
 
-    def _run_one(self, spec: RunSpec, model: LoadedModel) -> tuple[RunSpec, RunResult]:
-        """Make one run and keep its result; with it the spec as it was run, clamped or not."""
-        self.watcher.started(spec)
-        try:
-            spec, notes = fit_positions(spec, model.shape)
-            for note in notes:
-                log.info("%s: %s", spec.slug, note)
-            result = MODES.load(spec.mode)(
-                spec, model, reference=self._baseline_tokens.get(spec.reference_key), on_token=self.watcher.token
-            )
-        except Exception as error:
-            log.exception("%s failed", spec.slug)
-            result = failed_run(spec, error)
-        if not result.ok:  # only here has the error let go of the tensors in its traceback
-            _give_back_memory()
-        if result.ok and spec.is_reference:
-            self._baseline_tokens.setdefault(spec.reference_key, result.tokens["ids"])
-        if result.ok and result.quality["matches_baseline"] is False:
-            log.log(
-                logging.WARNING if spec.exact else logging.INFO,  # of an approximation it was to be expected
-                "%s: tokens differ from the baseline's, first at %s",
-                spec.slug,
-                result.quality["first_divergent_token"],
-            )
-        self._keep(spec, result)
-        return spec, result
+    def _make_runs(self, specs: Sequence[RunSpec]) -> None:
+        for job, result in self.launcher.perform([TimedRun(spec) for spec in specs], self.watcher):
+            made = replace(job.spec, context_length=result.spec["context_length"])  # clamped only when it was loaded
+            self._kept[job.spec.run_id] = (made, result)
+            self._compare_and_write((made, result))
+            self._say_if_elsewhere(result)
+            log.info("%s: %s", made.slug, result.status)
+            self.watcher.finished(result)
 
-    def _measure_quality(self, spec: RunSpec, model: LoadedModel, result: RunResult) -> None:
-        """Add to the `quality` block of a result what was asked for, and write it again."""
-        log.info("%s: measuring quality", spec.slug)
-        result.quality |= quality_figures(spec, model)
-        _give_back_memory()
-        self._write(spec, result)
+    def _measure_quality(self, kept: Sequence[Kept]) -> None:
+        """Add to the `quality` block what was asked for; after the timed runs, as it would show in memory and heat."""
+        jobs = {QualityMeasurement(spec): result for spec, result in kept if self._lacks_quality(spec, result)}
+        for job, figures in self.launcher.perform(list(jobs), self.watcher):
+            result = jobs[job]
+            result.quality.pop("error", None)
+            result.quality |= figures
+            self._write(job.spec, result)
 
-    def _keep(self, spec: RunSpec, result: RunResult) -> None:
-        self.results.append(result)
-        self._write(spec, result)
-        log.info("%s: %s", spec.slug, result.status)
-        self.watcher.finished(result)
+    def _lacks_quality(self, spec: RunSpec, result: RunResult) -> bool:
+        if not (result.ok and needs_quality(spec)):
+            return False
+        return "fidelity" not in result.quality or ("error" in result.quality and self._retry_failed)
+
+    # --- what is kept -----------------------------------------------------------------------------------------------
+
+    def _compare_and_write(self, new: Kept) -> None:
+        """Compare a new result with its baseline, and with it those that have waited for it; write what has changed."""
+        others = [kept for kept in self._compare(*new) if kept[1] is not new[1]]
+        for spec, result in (new, *others):
+            self._write(spec, result)
+
+    def _compare(self, spec: RunSpec, result: RunResult) -> list[Kept]:
+        """What changed by the comparison, and say where tokens differ."""
+        changed = self._baselines.compare(spec, result)
+        for spec, result in changed:
+            if result.quality["matches_baseline"] is False:
+                log.log(
+                    logging.WARNING if spec.exact else logging.INFO,  # of an approximation it was to be expected
+                    "%s: tokens differ from the baseline's, first at %s",
+                    spec.slug,
+                    result.quality["first_divergent_token"],
+                )
+        return changed
 
     def _write(self, spec: RunSpec, result: RunResult) -> None:
         try:
-            write_json(self.output / f"{spec.slug}.json", result.to_dict())
+            self.store.write(spec, result)
         except (OSError, ValueError) as error:  # a full disk, or a figure that is no number
             log.exception("%s could not be written", spec.slug)
             result.status, result.error = "error", f"measured, but not written: {error}"
 
+    def _say_if_elsewhere(self, result: RunResult) -> None:
+        """Where old results and new ones are of different machines or versions, their times do not compare."""
+        if result.ok and self._reused:
+            differing = [lines for lines in (other_machine(old, result) for old in self._reused) if lines]
+            if differing:
+                log.warning(
+                    "%d of the results found are of another machine or version, so times may not compare: %s",
+                    len(differing),
+                    "; ".join(differing[0]),
+                )
+            self._reused = []
 
-def _give_back_memory() -> None:
-    """Free what nothing refers to any more, on the device too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+
+class BaselineTokens:
+    """Compares runs with the tokens of the baseline that has the same `reference_key`, whichever comes first.
+
+    The first baseline of a key that is plain generation (`is_reference`) is what the others are compared with.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[tuple, TokenRows] = {}
+        self._waiting: dict[tuple, list[Kept]] = {}
+
+    def compare(self, spec: RunSpec, result: RunResult) -> list[Kept]:
+        """Fill in the first figures of the `quality` block as far as is known by now; those it changed are returned."""
+        key = spec.reference_key
+        if not result.ok:
+            return []
+        if key in self._tokens:
+            comparable = [(spec, result)]
+        elif spec.is_reference:
+            self._tokens[key] = result.tokens["ids"]
+            comparable = self._waiting.pop(key, [])
+        else:
+            self._waiting.setdefault(key, []).append((spec, result))
+            comparable = []
+        return [kept for kept in comparable if self._changes(key, kept[1])]
+
+    def _changes(self, key: tuple, result: RunResult) -> bool:
+        before = dict(result.quality)
+        result.quality |= token_agreement(result.tokens["ids"], self._tokens[key])
+        return result.quality != before

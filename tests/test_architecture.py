@@ -21,7 +21,13 @@ MIN_DOCSTRING_WORDS = 15
 # From top to bottom.
 LAYERS = (
     "main",
+    "publishing",
+    "command_line",
     "sweep",
+    "launchers",
+    "process_launcher",
+    "ray_launcher",
+    "jobs",
     "predictive_prefetch",
     "kv_paging",
     "inference_baseline",
@@ -81,6 +87,8 @@ LAYERS = (
     "quality_frame",
     "result_blocks",
     "comparison",
+    "shards",
+    "result_store",
     "result_frame",
     "sweep_pace",
     "plan_table",
@@ -122,6 +130,10 @@ LAYERS = (
 # and results start in a fraction of a second.
 NEED_TORCH = {
     "sweep",
+    "launchers",
+    "process_launcher",
+    "ray_launcher",
+    "jobs",
     "component_cli",
     "max_context",
     "generation",

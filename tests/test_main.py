@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import command_line
 import main
 from experiments import load_experiments
 from metrics import RunResult
@@ -329,8 +330,8 @@ def test_plan_prints_each_run_with_its_sizes_and_writes_nothing(tmp_path):
 
 def test_plan_shows_every_column_whole_on_80_columns(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    planned = command("--config", main.DEFAULT_CONFIG, "--plan", folder=tmp_path)
-    run_ids = [run.run_id for run in expand(load_experiments(main.DEFAULT_CONFIG))]
+    planned = command("--config", command_line.DEFAULT_CONFIG, "--plan", folder=tmp_path)
+    run_ids = [run.run_id for run in expand(load_experiments(command_line.DEFAULT_CONFIG))]
     assert [line.split()[0] for line in planned.out.splitlines() if "+50" in line] == run_ids
     for word in ("strategy", "context", "resident", "transfer floor", "predictive", "2000+50"):
         assert word in planned.out
@@ -362,7 +363,7 @@ def test_create_config_writes_a_list_that_can_be_loaded(tmp_path):
 def test_create_config_without_a_name_writes_to_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command("--create-config", folder=tmp_path).code == 0
-    assert (tmp_path / "experiment_config.yaml").read_text() == main.DEFAULT_CONFIG.read_text()
+    assert (tmp_path / "experiment_config.yaml").read_text() == command_line.DEFAULT_CONFIG.read_text()
 
 
 def test_create_config_overwrites_only_when_forced(tmp_path):

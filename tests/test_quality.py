@@ -17,11 +17,14 @@ from experiments import MODE_CLASSES
 from fidelity import ROUNDING_NATS, compare, rounding_explains
 from generation import HFCache
 from kv_paging import PagedKVCache
+from launchers import LocalLauncher
 from planning import plan
 from predictive_prefetch import PrefetchingKVCache
+from progress import Silent
 from quality import EXACT_PAGES, HF_CACHE, make_cache, needs_quality, quality_figures
 from reading import read_text
 from registry import TASKS
+from result_store import ResultStore
 from run_specs import QualitySpec, expand
 from sweep import Sweep
 from workloads import prompt_tokens
@@ -257,7 +260,7 @@ def test_predictors_over_the_same_pages_share_a_reading_and_runs_that_skip_do_no
 
 def test_what_was_measured_stays_where_quality_fails(tmp_path):
     spec = spec_of("reactive", TINY, {"tasks": ["passkey"], "fidelity_tokens": 0})
-    sweep = Sweep(plan([spec]), tmp_path, SilentWatcher())
+    sweep = Sweep(plan([spec]), ResultStore(tmp_path), LocalLauncher(), Silent())
     sweep.run()
     (result,) = sweep.results
     assert result.ok and result.timing["tpot_ms"] > 0
@@ -265,17 +268,3 @@ def test_what_was_measured_stays_where_quality_fails(tmp_path):
     assert result.quality["tasks"] is None
     written = json.loads(next(tmp_path.glob("reactive_*.json")).read_text())
     assert written["quality"] == result.quality
-
-
-class SilentWatcher:
-    def loading(self, model_name):
-        pass
-
-    def started(self, spec):
-        pass
-
-    def token(self, n_tokens):
-        pass
-
-    def finished(self, result):
-        pass

@@ -37,6 +37,7 @@ def test_the_summary_has_the_promised_keys(tmp_path):
         "total_duration_seconds": 12.5,
         "planned_experiments": None,
         "interrupted": False,
+        "reused_experiments": 0,
     }
     assert summary["mode_summaries"]["baseline"]["average_latency_ms"] == pytest.approx(101.0)  # 100, 101, 102
     assert summary["mode_summaries"]["baseline"]["average_tokens_per_second"] > 0
