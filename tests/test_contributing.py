@@ -19,6 +19,7 @@ import config_schema
 import experiments
 import main
 import reporting
+import run_settings
 from registry import MODES, PREDICTORS, TASKS
 
 PROJECT = Path(main.__file__).parent
@@ -119,7 +120,8 @@ def with_the_mode(folder, monkeypatch):
     exec(BLOCKS["config_schema.py"], schema)
     classes = config_schema.MODE_CLASSES | {"roomy": schema["RoomyExperiment"]}
     monkeypatch.setattr(config_schema, "MODE_CLASSES", classes)
-    monkeypatch.setattr(experiments, "MODE_CLASSES", classes)
+    for module in (experiments, run_settings):
+        monkeypatch.setattr(module, "MODE_CLASSES", classes)
 
 
 def test_the_mode_gives_the_tokens_of_the_baseline(folder, with_the_mode):

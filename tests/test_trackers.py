@@ -22,6 +22,7 @@ import main
 from metrics import RunResult
 from registry import UnknownName
 from trackers import TRACKERS, Trackers, TrackerUnavailable, figures_of, quality_of, settings_of, steps_of
+from utils import PROJECT_FOLDER
 
 TINY = {
     "model_name": "random:configs/models/tiny-llama.json",
@@ -144,7 +145,7 @@ def test_a_tracker_of_ones_own_sees_the_sweep_and_cannot_end_it(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     config = yaml.safe_load((tmp_path / "list.yaml").read_text())
-    config["defaults"]["model_name"] = f"random:{main.PROJECT_FOLDER / 'configs/models/tiny-llama.json'}"
+    config["defaults"]["model_name"] = f"random:{PROJECT_FOLDER / 'configs/models/tiny-llama.json'}"
     (tmp_path / "list.yaml").write_text(yaml.safe_dump(config))
     assert command("--tracker", "own_tracker:Own") == main.OK
     lines = (tmp_path / "out" / "own.txt").read_text().splitlines()
