@@ -58,6 +58,10 @@ class MeasuredCache(Protocol):
         """Result blocks of this cache: `cache`, `prefetch`, `steps`; empty where it has none."""
         ...
 
+    def hit_rate_so_far(self) -> float | None:
+        """Of decode, for who looks on; None where there is nothing to hit."""
+        ...
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -111,6 +115,9 @@ class HFCache:
     def figures(self, timing: Timing) -> dict[str, Any]:
         return {}
 
+    def hit_rate_so_far(self) -> float | None:
+        return None
+
 
 def _tensors_of(cache: Cache) -> list[torch.Tensor]:
     """The tensors that hold keys and values, quantised ones included, each storage once."""
@@ -137,7 +144,7 @@ def measured_run(
     reference: TokenRows | None = None,
     prompt: TokenRows | None = None,
     attention_mask: TokenRows | None = None,
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[int, float | None], None] | None = None,
 ) -> RunResult:
     """Generate once with a mode's cache, under the meters.
 
@@ -148,7 +155,7 @@ def measured_run(
         reference: the baseline's tokens for the same prompt and settings, to compare with.
         prompt: token rows to use instead of the made one.
         attention_mask: for that prompt, 0 where it is padded on the left.
-        on_token: called with the number of new tokens after each.
+        on_token: called after each new token with their number and the hit rate so far.
 
     Raises:
         Whatever generation raises; `failed_run` makes a result of it.
@@ -160,8 +167,9 @@ def measured_run(
             warmup_tokens = min(WARMUP_TOKENS, spec.max_new_tokens)
             generate(spec, model, make_cache(spec, model), prompt, warmup_tokens, attention_mask=attention_mask)
     cache = make_cache(spec, model)
+    look_on = None if on_token is None else lambda n_tokens: on_token(n_tokens, cache.hit_rate_so_far())
     generation = generate(
-        spec, model, cache, prompt, spec.max_new_tokens, attention_mask=attention_mask, on_token=on_token
+        spec, model, cache, prompt, spec.max_new_tokens, attention_mask=attention_mask, on_token=look_on
     )
     return RunResult(
         spec=spec.to_dict(),

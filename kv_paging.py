@@ -350,6 +350,7 @@ class MeasuredPagedCache:
     def __init__(self, cache: PagedKVCache, model: LoadedModel):
         self.cache, self.model = cache, model
         self.memory, self.figures, self.attached = cache.memory, cache.figures, cache.attached
+        self.hit_rate_so_far = cache.recorder.hit_rate_so_far
 
     def start(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> Cache:
         shape = self.model.shape

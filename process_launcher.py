@@ -95,7 +95,7 @@ def _listen(pipe: Connection, watcher: Watcher) -> Iterator[Any]:
         elif what == "record":
             logging.getLogger(value.name).handle(value)
         else:
-            getattr(watcher, what)(value)
+            getattr(watcher, what)(*(value if what == "token" else (value,)))
 
 
 @contextlib.contextmanager
@@ -127,8 +127,8 @@ class _Telling:
     def started(self, spec: RunSpec) -> None:
         self.tell("started", spec)
 
-    def token(self, n_tokens: int) -> None:
-        self.tell("token", n_tokens)
+    def token(self, n_tokens: int, hit_rate: float | None) -> None:
+        self.tell("token", (n_tokens, hit_rate))
 
 
 def _alone(job: Job, pipe: Connection) -> None:

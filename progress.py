@@ -5,7 +5,7 @@ sweep with the time left (sweep_pace.py says what `~`, `>` and `?` mean there), 
 cut to the width of the terminal, for a line that wraps cannot be drawn over and would flicker. They are drawn from
 another thread, four times a second: showing a token costs the measured loop no more than noting it.
 
-The hit rate beside the run under way is that of the last finished run of the same strategy and context.
+The hit rate beside the run under way is that of its decode steps so far.
 
 What is logged goes to a file besides (`log_to`).
 """
@@ -55,7 +55,7 @@ class Silent:
     def started(self, spec: RunSpec) -> None:
         pass
 
-    def token(self, n_tokens: int) -> None:
+    def token(self, n_tokens: int, hit_rate: float | None = None) -> None:
         pass
 
     def finished(self, result: RunResult) -> None:
@@ -88,7 +88,7 @@ class Lines(Silent):
         if self.verbose:
             self._say(f"{spec.label}, {_of_its_runs(spec)} starts{self._eta()}")
 
-    def token(self, n_tokens: int) -> None:
+    def token(self, n_tokens: int, hit_rate: float | None = None) -> None:
         self.pace.token(n_tokens)
 
     def finished(self, result: RunResult) -> None:
@@ -117,7 +117,7 @@ class Bar(Silent):
         self.plus_quality = _plus_quality(specs)
         self.spec: RunSpec | None = None
         self.now, self.n_tokens = "starting", 0
-        self.hit_rates: dict[tuple[str, int], str] = {}
+        self.hit_rate: float | None = None
         self.progress = _TwoLines(self, console)
         self.task = self.progress.add_task("runs", total=len(specs))
 
@@ -133,18 +133,16 @@ class Bar(Silent):
 
     def started(self, spec: RunSpec) -> None:
         self.pace.started(spec)
-        self.n_tokens, self.spec = 0, spec
+        self.n_tokens, self.hit_rate, self.spec = 0, None, spec
 
-    def token(self, n_tokens: int) -> None:
-        self.n_tokens = n_tokens
+    def token(self, n_tokens: int, hit_rate: float | None = None) -> None:
+        self.n_tokens, self.hit_rate = n_tokens, hit_rate
         self.pace.token(n_tokens)
 
     def finished(self, result: RunResult) -> None:
         self.n_finished += 1
         self.spec, self.now = None, self._what_follows(result)
         self.pace.finished(result)
-        if (hit_rate := _hit_rate(result)) is not None:
-            self.hit_rates[result.spec["name"], result.spec["requested_context_length"]] = hit_rate
         self.progress.advance(self.task)
         self.progress.console.print(outcome(result), markup=False)
 
@@ -168,8 +166,8 @@ class Bar(Silent):
                 figures.append(f"{speed:.1f} tokens/s")
         if not spec.exact:
             figures.append("approximate")
-        if hit_rate := self.hit_rates.get((spec.name, spec.requested_context_length)):
-            figures.append(f"last {hit_rate}")
+        if self.hit_rate is not None:
+            figures.append(f"hit rate {100 * self.hit_rate:.0f} %")
         width = self.progress.console.width
         rest = _rest_of_line(spec, figures)
         if len(figures) > 1 and SHORTEST_NAME + len(rest) > width:  # a figure left out is better than half of one

@@ -161,6 +161,13 @@ class Recorder:
             records = self._records(layer)
             self._add(partial(_add_time, records, f"{stage}_ms"), time)
 
+    def hit_rate_so_far(self) -> float | None:
+        """Hits / accesses of the decode steps so far, as far as they are known by now; None before the first."""
+        with self._lock:
+            hits = sum(record.hits for record in self.by_layer.values())
+            accesses = sum(record.accesses for record in self.by_layer.values())
+        return hits / accesses if accesses else None
+
     def copying(self, layer: int, name: str, copy: Copy, n_pages: int) -> None:
         """Note a copy that was asked for, if there is a timeline; see `Timeline.copying`."""
         if self.timeline is not None:

@@ -49,5 +49,5 @@ def crash_after_the_outcome(job, pipe):
 
 
 def never_end(job, pipe):
-    pipe.send(("token", 1))
+    pipe.send(("token", (1, None)))
     time.sleep(1000)

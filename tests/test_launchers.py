@@ -54,7 +54,7 @@ class Notes(Silent):
     def __init__(self):
         self.finished_runs, self.n_tokens = [], 0
 
-    def token(self, n_tokens):
+    def token(self, n_tokens, hit_rate):
         self.n_tokens += 1
 
     def finished(self, result):

@@ -432,3 +432,17 @@ def test_a_timing_has_the_percentiles_of_its_times_between_tokens():
     block = Timing.from_token_times([5.0, *(5.0 + 10.0 * k * (k + 1) / 2 for k in range(1, 12))], 1, "test").to_dict()
     assert [block[f"itl_p{share}_ms"] for share in (50, 90, 99)] == pytest.approx([60.0, 100.0, 109.0])
     assert Timing.from_token_times([5.0], 1, "test").to_dict()["itl_p99_ms"] is None
+
+
+def test_the_hit_rate_so_far_is_that_of_decode_steps():
+    recorder = Recorder()
+    recorder.begin_step("prefill")
+    recorder.count(0, hits=5)
+    assert recorder.hit_rate_so_far() is None
+    recorder.begin_step("decode")
+    recorder.count(0, hits=1, misses=3)
+    recorder.count(1, hits=3, late=1)
+    assert recorder.hit_rate_so_far() == 0.5
+    recorder.begin_step("decode")
+    recorder.count(0, hits=2)
+    assert recorder.hit_rate_so_far() == 0.6

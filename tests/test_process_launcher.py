@@ -51,7 +51,7 @@ def test_an_unknown_signal_is_said_by_its_number():
 class InterruptedAtTheFirstToken(Silent):
     """Does what Ctrl-C does, once the job is under way."""
 
-    def token(self, n_tokens):
+    def token(self, n_tokens, hit_rate):
         threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
 
 
@@ -70,7 +70,7 @@ def test_a_launcher_that_is_closed_in_the_midst_of_a_job_leaves_no_process(monke
     launcher = ProcessLauncher()
 
     class CloseAtTheFirstToken(Silent):
-        def token(self, n_tokens):
+        def token(self, n_tokens, hit_rate):
             self.process = launcher._process.pid
             launcher.close()
 

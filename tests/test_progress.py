@@ -259,19 +259,20 @@ def test_a_long_model_name_is_cut_while_it_is_loaded():
 def test_the_line_under_the_bar_follows_the_run(monkeypatch):
     one, two = specs_of(("reactive", {"selector": "quest", "attention_pages": 4}), num_runs=2)
     clock = Clock()
-    bar = Bar([one, two], progress.Console(file=io.StringIO()))
+    bar = Bar([one, two], progress.Console(file=io.StringIO(), width=120))
     bar.pace = Pace([one, two], clock)
     bar.loading("a model")
     assert bar.line_of_run() == "loading a model"
     bar.started(one)
     assert bar.line_of_run() == "reactive, 100 tokens, run 1: prefill, approximate"
-    bar.token(1)
+    bar.token(1, None)
     clock.seconds = 0.5
-    bar.token(2)
-    assert bar.line_of_run() == "reactive, 100 tokens, run 1: token 2 of 11, 2.0 tokens/s, approximate"
+    bar.token(2, 0.615)
+    line = "reactive, 100 tokens, run 1: token 2 of 11, 2.0 tokens/s, approximate"
+    assert bar.line_of_run() == f"{line}, hit rate 62 %"
     bar.finished(finished_run(one, cache={"hit_rate": 0.62}))
     bar.started(two)
-    assert bar.line_of_run() == "reactive, 100 tokens, run 2: prefill, approximate, last hit rate 62 %"
+    assert bar.line_of_run() == "reactive, 100 tokens, run 2: prefill, approximate"
     assert bar.eta() == "ETA 0:02 + quality"
     bar.finished(finished_run(two))
     assert (bar.line_of_run(), bar.eta()) == ("measuring quality", "")
@@ -282,15 +283,14 @@ def test_where_there_is_no_room_a_figure_is_left_out_rather_than_cut(monkeypatch
     clock = Clock()
     bar = Bar([spec], progress.Console(file=io.StringIO(), width=80))
     bar.pace = Pace([spec], clock)
-    bar.hit_rates = {("a rather long name", 100): "hit rate 62 %"}
     bar.started(spec)
     bar.token(1)
     clock.seconds = 0.5
-    bar.token(2)
+    bar.token(2, 0.62)
     full = ", 100 tokens, run 1: token 2 of 11, 2.0 tokens/s, approximate"
     assert bar.line_of_run() == "a rather long name" + full
     bar.progress.console.width = 120
-    assert bar.line_of_run() == f"a rather long name{full}, last hit rate 62 %"
+    assert bar.line_of_run() == f"a rather long name{full}, hit rate 62 %"
 
 
 def test_log_lines_go_above_the_bar_and_afterwards_where_they_went_before(monkeypatch, logging_restored):

@@ -47,7 +47,7 @@ class Notes:
     def started(self, spec):
         self.told.append(("started", spec.label))
 
-    def token(self, n_tokens):
+    def token(self, n_tokens, hit_rate):
         self.told.append(("token", n_tokens))
 
     def finished(self, result):
@@ -87,7 +87,7 @@ def swept(monkeypatch, tmp_path):
             ids = generate(spec)
             if on_token is not None:
                 for n_tokens in range(1, len(ids[0]) + 1):
-                    on_token(n_tokens)
+                    on_token(n_tokens, None)
             return RunResult(
                 spec=spec.to_dict(),
                 run_id=spec.run_id,
