@@ -73,6 +73,9 @@ def quality_points(frame: pd.DataFrame, scores: pd.DataFrame | None = None) -> l
         scores: of `quality_frame.task_scores`, from the same results.
     """
     points, lost = [], {} if scores is None else _lost_shares(scores)
+    chosen = baselines(frame)
+    for _, workload, context in list(lost):  # its own score is what others are compared with, asked or not
+        lost.setdefault((chosen.get(workload), workload, context), 0.0)
     for (strategy, workload, context), runs in successful(frame).groupby(["strategy", *CELL], sort=False):
         costs, divergence = {column: mean(runs, column) for column in COSTS}, mean(runs, "kl_mean")
         point = Point(strategy, workload, int(context), costs, divergence, lost.get((strategy, workload, context)))

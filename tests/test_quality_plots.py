@@ -139,6 +139,12 @@ def test_lost_answers_have_panels_of_their_own_and_count_only_tasks_that_tell_so
     assert "score below" in axes[2].get_ylabel() and "KL" in axes[0].get_ylabel()
 
 
+def test_a_baseline_that_was_not_asked_itself_has_lost_nothing():
+    results = [SWEEP[0], scored(SWEEP[2], (1.0, 0.5))]
+    lost = {point.strategy: point.lost_share for point in quality_points(to_frame(results), task_scores(results))}
+    assert lost == {"baseline": 0.0, "quest": 0.25}
+
+
 def test_strategies_are_compared_over_tasks_that_all_of_them_were_asked():
     results = [scored(SWEEP[0], (1.0, 1.0)), scored(SWEEP[2], (1.0, 0.5))]
     results[1]["quality"]["tasks"].append(make_task([0.0, 0.0], [1.0, 1.0], tokens=2000))
