@@ -81,8 +81,8 @@ def naive_share(shares, page, smoothing):
 
 def naive_inclusion(weights, n_chosen):
     """The scale at which probabilities that are cut off at 1 add up to `n_chosen`, found by halving an interval."""
-    low, high = 0.0, 1e9
-    for _ in range(200):
+    low, high = 0.0, 1e18  # the lightest page here weighs 1e-12
+    for _ in range(300):
         scale = (low + high) / 2
         if sum(min(1.0, scale * weight) for weight in weights.values()) < n_chosen:
             low = scale
