@@ -17,7 +17,7 @@ from text_tables import DASH, TEXT_HEADINGS, Table
 
 LONG_CELL, LONG_NAME = 40, 28  # letters, from which on a cell of text, and the name of a strategy, may wrap
 MANY_COLUMNS = 8
-_NUMBER = re.compile(rf"[-+]?[\d,.]+(e[-+]?\d+)?(/[\d,.]+)?( ± [\d.]+)?( x \d+)?( \[[\d-]+\])?|{DASH}|ref\.")
+_NUMBER = re.compile(rf"[-+]?[\d,.]+(e[-+]?\d+)?(/[\d,.]+)?( ± [\d.]+)?( x \d+)?|{DASH}|ref\.")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,12 @@ def _is_text(table: Table, place: int) -> bool:
     """Whether a column is set flush left: one of words, in which not all that is there is a number."""
     if table.headings[place] in TEXT_HEADINGS:
         return True
-    return not all(_NUMBER.fullmatch(row[place]) for row in table.rows)
+    return not all(_NUMBER.fullmatch(_without_interval(row[place])) for row in table.rows)
+
+
+def _without_interval(cell: str) -> str:
+    """The figure of a cell that has its interval beneath it or in brackets behind it."""
+    return re.split(r"\n| \[", cell)[0]
 
 
 def _cell(heading: str, cell: str, is_text: bool, marks: Marks) -> Html:
@@ -80,8 +85,15 @@ def _cell(heading: str, cell: str, is_text: bool, marks: Marks) -> Html:
     classes = ["text"] if is_text else []
     classes += ["long"] if is_text and len(cell) > LONG_CELL else []
     classes += ["none"] if cell == DASH else []
-    shown = joined(cell.split("\n"), " ") if is_text else _number(cell)
+    shown = joined(cell.split("\n"), " ") if is_text else joined(_figures(cell), " ")
     return element("td", shown, class_=" ".join(classes) or None)
+
+
+def _figures(cell: str) -> list[Any]:
+    """A figure, and its interval where there is one, smaller."""
+    figure = _without_interval(cell)
+    between = cell[len(figure) :].strip(" \n[]")
+    return [_number(figure), *([element("small", f"[{between}]")] if between else [])]
 
 
 def _number(cell: str) -> str:

@@ -122,6 +122,7 @@ th:last-child, td:last-child { padding-right: .15rem; }
 tbody th { font-weight: 400; text-align: left; white-space: nowrap; }
 tbody th.long { white-space: normal; min-width: 13rem; max-width: 24rem; }
 th.text, td.text { text-align: left; }
+td small { color: var(--soft); }
 td.long { white-space: normal; min-width: 16rem; max-width: 34rem; overflow-wrap: anywhere; }
 tbody tr.section > * { border-top: 1px solid var(--hair); }
 tbody tr:hover > * { background: var(--shade); }

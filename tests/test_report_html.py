@@ -362,3 +362,9 @@ def test_the_command_writes_the_page_of_a_folder(tmp_path, capsys):
     assert "reactive_torn.json" in Page(page).words
     assert report_html.main([str(tmp_path / "none")]) == 1
     assert "no results there" in capsys.readouterr().err
+
+
+def test_an_interval_stands_smaller_behind_its_figure_and_leaves_its_column_one_of_numbers():
+    results = [make_result(mode, repetition=n, tpot_ms=80.0 + n) for mode in ("baseline", "reactive") for n in range(3)]
+    page = page_of(results)
+    assert re.search(r"<td>81\.0 <small>\[80\.0-82\.0\]</small></td>", page)
