@@ -24,7 +24,7 @@ _HEADER = """\
 #
 #     python main.py --config <this file>
 #
-# It takes about 5 minutes on 2 CPU cores, and needs no network and no GPU.
+# It takes about 6 minutes on 2 CPU cores, and needs no network and no GPU.
 #
 # Every key there is stands here once. A key behind '#' shows its default: remove the '# ' to change it.
 # An entry takes from 'defaults' what its mode knows; what it sets itself wins.
