@@ -27,13 +27,17 @@ from run_statistics import WIDE_PERCENT, Ratio, log_ratio, paired_ratio, spread_
 if TYPE_CHECKING:
     import pandas as pd
 
+# Within a cell and a strategy, what tells one run from another. A folder may hold the runs of several seeds, and those
+# of several contexts that one model's positions cut to the same length.
+PAIR = ["repetition", "seed", "requested_tokens"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """One strategy in one cell against what it is compared with, `baseline`, which is a reactive strategy where no
     baseline succeeded; figures compare medians over repetitions.
 
-    The `paired_…` figures have one entry per repetition that both ran; `paired_log_ratios` are of their TPOT,
+    The `paired_…` figures have one entry per repetition of a seed that both ran; `paired_log_ratios` are of their TPOT,
     log(baseline's / own).
     """
 
@@ -154,9 +158,14 @@ def _reduction_percent(runs: pd.DataFrame, reference: pd.DataFrame, column: str)
 
 
 def _pairs(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """A row for every repetition that both ran, the reference's columns ending in `_baseline`."""
-    compared = ["repetition", "tpot_ms", "tokens_per_second"]
-    return runs[compared].merge(reference[compared], on="repetition", suffixes=("", "_baseline"))
+    """A row for every run that both sides have, the reference's columns ending in `_baseline`."""
+    sides = [_told_apart(side, PAIR)[[*PAIR, "tpot_ms", "tokens_per_second"]] for side in (runs, reference)]
+    return sides[0].merge(sides[1], on=PAIR, suffixes=("", "_baseline"), validate="one_to_one")
+
+
+def _told_apart(runs: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
+    """The runs without those that share a key, as two copies of one file do: which of them belongs to a pair?"""
+    return runs.drop_duplicates(list(key), keep=False)
 
 
 def _paired(pairs: pd.DataFrame, column: str, formula: Callable[[float, float], float | None]) -> tuple[float, ...]:
@@ -176,16 +185,16 @@ def average_over_cells(comparisons: Sequence[Comparison]) -> dict[str, float | N
 
 
 def own_speedups(frame: pd.DataFrame) -> list[float | None]:
-    """Of each run, in the frame's order, the baseline's TPOT in the same cell and repetition / its own TPOT.
+    """Of each run, in the frame's order, the baseline's TPOT in the same cell, repetition and seed / its own TPOT.
 
     None of the baseline itself, of runs that failed, and where there is no such pair; nothing stands in for a baseline
     here, so that the figure means the same in any folder.
     """
-    chosen, place = baselines(frame), [*CELL, "repetition"]
+    chosen, place = baselines(frame), [*CELL, *PAIR]
     runs = successful(frame).dropna(subset=["tpot_ms", *place])
     of_baseline = runs[runs["strategy"] == runs["workload"].map(chosen).astype("string")]
-    places = of_baseline[place].itertuples(index=False, name=None)
-    tpot_ms = dict(zip(places, of_baseline["tpot_ms"], strict=True))
+    alone = _told_apart(of_baseline, place)
+    tpot_ms = dict(zip(alone[place].itertuples(index=False, name=None), alone["tpot_ms"], strict=True))
     speedups: list[float | None] = [None] * len(frame)
     for run, *own, own_ms in runs.drop(of_baseline.index)[[*place, "tpot_ms"]].itertuples(name=None):
         speedups[run] = ratio(tpot_ms.get(tuple(own)), own_ms)

@@ -1,11 +1,11 @@
 """Two results folders side by side: which runs belong together, what else differs, and what became better or worse.
 
 The one idea: runs are matched by **what was asked for**, so that all else, the machine, the versions, the link, the
-commit and the settings, may be what one wants to know the effect of. First runs with the very same spec are matched;
-of the rest those that are the same entry of a list: mode, name, model, batch, generation settings, context and
-repetition. So a list run on two machines, at two commits, or with another budget under the same name, compares; what
-differs is listed (`differences`), and a run without a partner, or with several that it cannot choose between, is
-listed too.
+commit and the settings, may be what one wants to know the effect of. First runs with the very same spec are matched; of
+the rest those that are the same entry of a list: mode, name, model, batch, generation settings, context and repetition,
+of the same seed before those of another. So a list run on two machines, at two commits, or with another budget under
+the same name, compares; what differs is listed (`differences`), and a run without a partner, or with several that it
+cannot choose between, is listed too.
 
 Each pair gives a ratio B / A for every metric; a cell (a strategy at a context) has the median, all contexts together
 have the geometric mean, with intervals as in `run_statistics.py`. An interval covers what differs from repetition to
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BETTER, WORSE, TOO_FEW, MISSING = "better", "worse", "too few runs", "missing in"
+NO_SUCH_RUN = "no such run"
 SAME_ONCE = 1e-3
 """Figures measured once that differ by a smaller share differ by rounding."""
 
@@ -120,8 +121,17 @@ class Folder:
     def strategy(self, run: int) -> str:
         return self.frame["strategy"].iloc[run]
 
-    def measured(self, column: str) -> list[float | None]:
+    @cached_property
+    def _measured(self) -> dict[str, tuple[float | None, ...]]:
+        return {}
+
+    def measured(self, column: str) -> tuple[float | None, ...]:
         """A column by run, or the speed-up over the baseline in its own folder; None also of runs that failed."""
+        if column not in self._measured:  # every cell asks for it
+            self._measured[column] = tuple(self._read(column))
+        return self._measured[column]
+
+    def _read(self, column: str) -> list[float | None]:
         if column == "speedup":
             return own_speedups(self.frame)
         figures = self.frame[column].where(self.frame["status"].eq("ok").fillna(False))
@@ -138,6 +148,10 @@ class Unmatched:
     repetitions: tuple[int, ...]
     why: str
 
+    @property
+    def reason(self) -> str:
+        return f"{self.why} in {'B' if self.side == 'A' else 'A'}" if self.why == NO_SUCH_RUN else self.why
+
 
 @dataclasses.dataclass(frozen=True)
 class MetricComparison:
@@ -146,6 +160,7 @@ class MetricComparison:
     Attributes:
         a, b: medians over runs in the frame's unit; None where there is none, and over all contexts.
         ratio: B / A over pairs of runs.
+        n_a, n_b: of how many of the matched runs; None over all contexts.
     """
 
     metric: Metric
@@ -155,6 +170,8 @@ class MetricComparison:
     b: float | None
     ratio: Ratio
     verdict: str
+    n_a: int | None = None
+    n_b: int | None = None
 
     @property
     def place(self) -> str:
@@ -212,7 +229,7 @@ class FolderComparison:
         ratio = _decided(metric, paired_ratio([logs[-1]]))
         verdict = _verdict(metric, ratio) if of_a and of_b else f"{MISSING} {'B' if of_a else 'A'}"
         medians = (statistics.median(side) if side else None for side in (of_a, of_b))
-        return MetricComparison(metric, strategy, context, *medians, ratio, verdict)
+        return MetricComparison(metric, strategy, context, *medians, ratio, verdict, len(of_a), len(of_b))
 
     @cached_property
     def same_tokens(self) -> tuple[int, int]:
@@ -263,7 +280,7 @@ def match(a: Folder, b: Folder) -> FolderComparison:
     folders = a, b
     pairs = []
     rest = [list(range(len(folder.results))) for folder in folders]
-    for key in (_spec, _entry):
+    for key in (_spec, _seeded_entry, _entry):
         one, other = (_by_key(folder, runs, key) for folder, runs in zip(folders, rest, strict=True))
         pairs += [(one[k][0], other[k][0]) for k in one if len(one[k]) == 1 and len(other.get(k, [])) == 1]
         taken = [{pair[side] for pair in pairs} for side in (0, 1)]
@@ -276,8 +293,8 @@ def match(a: Folder, b: Folder) -> FolderComparison:
         )
     unmatched = [
         entry
-        for side, folder, other, runs in (("A", *folders, rest[0]), ("B", *folders[::-1], rest[1]))
-        for entry in _unmatched(side, folder, other, runs)
+        for side, folder, other, runs, others in (("A", *folders, *rest), ("B", *folders[::-1], *rest[::-1]))
+        for entry in _unmatched(side, folder, other, runs, others)
     ]
     return FolderComparison(*folders, sorted(pairs), unmatched)
 
@@ -300,12 +317,19 @@ def _entry(result: Result) -> str:
     return json.dumps([context_tokens(result), *(spec.get(field) for field in fields)])
 
 
-def _unmatched(side: str, folder: Folder, other: Folder, runs: Sequence[int]) -> Iterator[Unmatched]:
-    ambiguous = {_entry(result) for result in other.results}
+def _seeded_entry(result: Result) -> str:
+    return json.dumps([_entry(result), result["spec"].get("seed")])
+
+
+def _unmatched(
+    side: str, folder: Folder, other: Folder, runs: Sequence[int], others: Sequence[int]
+) -> Iterator[Unmatched]:
+    """The runs of a folder that are left over, where `others` are those of the other folder."""
+    ambiguous = {_entry(other.results[run]) for run in others}
     cells: dict[tuple[str, int | None, str], list[int]] = {}
     for run in runs:
         result = folder.results[run]
-        why = "several runs of this name: which is meant?" if _entry(result) in ambiguous else "no such run"
+        why = "several runs of this name: which is meant?" if _entry(result) in ambiguous else NO_SUCH_RUN
         cells.setdefault((folder.strategy(run), context_tokens(result), why), []).append(run)
     for (strategy, context, why), own in sorted(cells.items(), key=lambda cell: cell[0][1] or 0):
         repetitions = sorted(count_at(folder.results[run], "spec.repetition") or 0 for run in own)

@@ -44,7 +44,7 @@ def print_comparison(folders: Sequence[Path], conditions: Sequence[str], console
     console.print()
     for table in folder_tables(compared):
         console.print(table.to_rich(), "")
-    outcomes = [judge(condition, compared.figures) for condition in parsed]
+    outcomes = [judge(condition, compared) for condition in parsed]
     for outcome in outcomes:
         console.print(outcome_text(outcome), soft_wrap=True)
     return all(outcome.passed for outcome in outcomes)
@@ -97,7 +97,7 @@ def unmatched_table(compared: FolderComparison) -> Table:
             str(entry.context_tokens),
             entry.strategy,
             ", ".join(map(str, entry.repetitions)),
-            f"{entry.why} in {'B' if entry.side == 'A' else 'A'}" if entry.why == "no such run" else entry.why,
+            entry.reason,
         )
         for entry in compared.unmatched
     ]
@@ -201,9 +201,10 @@ def _figure_text(metric: Metric, value: float | None) -> str:
 def outcome_text(outcome: Outcome) -> str:
     """`--fail-if tpot_ms>5%: FAILED`, and where and why."""
     verdict = "passed" if outcome.passed else "FAILED"
-    if not outcome.holds_at and not outcome.n_judged:
+    if not outcome.lost and not outcome.holds_at and not outcome.n_judged:
         verdict += ", as there was nothing to judge"
     lines = [f"--fail-if {outcome.condition}: {verdict} ({outcome.n_judged} figures judged)"]
+    lines += [f"  lost: {what}" for what in outcome.lost]
     lines += [f"  {place}" for place in outcome.holds_at]
     lines += [f"  not judged: {place}" for place in outcome.not_judged]
     return "\n".join(lines)

@@ -19,10 +19,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from comparison import compare
-from intervals import bootstrap
 from metrics import ratio
 from plots import COLOURS, INK, Cell, clear_frame, legend_below, line_styles, titled_grid
 from quality_frame import quality_note
@@ -37,6 +34,7 @@ from result_frame import (
     unique,
     values,
 )
+from run_statistics import median_with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,8 +67,7 @@ class Measured:
 
     @classmethod
     def of(cls, figures: Sequence[float]) -> Measured:
-        low, high = bootstrap(figures, np.median) or (None, None)
-        return cls(statistics.median(figures), low, high, len(figures))
+        return cls(**median_with_interval(figures))
 
 
 def measured_by_cell(frame: pd.DataFrame, column: str) -> dict[Cell, Measured]:

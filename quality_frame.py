@@ -30,6 +30,16 @@ from result_frame import (
 if TYPE_CHECKING:
     import pandas as pd
 
+# The columns of the frame of runs that say what a cache costs in answers, known once the sweep is over.
+FIDELITY = (
+    "kl_mean",
+    "kl_max",
+    "top1_agreement",
+    "perplexity",
+    "baseline_perplexity",
+    "attention_mass_recall",
+    "page_recall",
+)
 LEAST_NATS = 1e-6  # less is what rounding alone can make, and as good as 0
 
 Block = Mapping[str, Any]

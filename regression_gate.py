@@ -7,10 +7,16 @@ The grammar is one comparison, METRIC then `>` or `<` then a percentage:
 
 The sign is the direction in which the metric gets worse; the other one is refused, since it would fail on progress. A
 condition is looked up in every strategy at every context and over all of them. It holds where the *whole* 95 % interval
-of the ratio B / A lies beyond the margin, so noise alone seldom trips it, and a small true change may pass.
+of the ratio B / A lies beyond the margin, so a small true change may pass.
 
-What cannot be judged is said. A figure that A has and B lost fails the condition; and so does a condition that found
-nothing to judge, since a gate that checked nothing has not passed.
+**Noise alone trips it, the more often the fewer the pairs.** Of up to 5 pairs the interval is their range (see
+`run_statistics.py`), and all n of them lie on the worse side by chance in 1 of 2^n cases where nothing differs. So at a
+margin of 0 % a strategy at a context trips by chance in 1 of 4 cases with 2 repetitions, in 1 of 8 with 3, in 1 of 32
+with 5; and each strategy and context is another chance. A margin wider than the spread of runs makes it seldom.
+
+What B lost fails every condition: a run of A without a partner, a file of B that cannot be read, and a strategy at a
+context of which B has fewer values of the metric than A, as when a repetition failed. A condition that found nothing to
+judge fails too, since a gate that checked nothing has not passed. What else cannot be judged is said.
 """
 
 from __future__ import annotations
@@ -18,9 +24,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
 
-from folder_comparison import METRICS, MISSING, TOO_FEW, Metric, MetricComparison
+from folder_comparison import METRICS, MISSING, TOO_FEW, FolderComparison, Metric, MetricComparison
 from text_tables import ratio_text
 
 _GRAMMAR = re.compile(r"\s*([A-Za-z0-9_]+)\s*([<>])\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
@@ -46,9 +51,8 @@ class Condition:
         return f"{self.metric.name}{self.sign}{self.percent:g}%"
 
     def holds(self, compared: MetricComparison) -> bool:
+        """Whether the whole interval lies beyond the margin."""
         ratio = compared.ratio
-        if compared.verdict.startswith(MISSING):
-            return compared.b is None
         if ratio.low is None or ratio.high is None:
             return False
         return ratio.low > self.limit if self.metric.lower_is_better else ratio.high < self.limit
@@ -56,16 +60,18 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a condition: where it holds and where it could not be judged, in words; `n_judged` in number."""
+    """What became of a condition: what B lost, where it holds and where it could not be judged, in words; `n_judged` in
+    number."""
 
     condition: Condition
+    lost: tuple[str, ...]
     holds_at: tuple[str, ...]
     not_judged: tuple[str, ...]
     n_judged: int
 
     @property
     def passed(self) -> bool:
-        return not self.holds_at and self.n_judged > 0
+        return not self.lost and not self.holds_at and self.n_judged > 0
 
 
 def parse_condition(text: str) -> Condition:
@@ -104,21 +110,40 @@ def _known() -> str:
     return f"higher is worse, METRIC>N%: {worse['>']}\nlower is worse, METRIC<N%: {worse['<']}"
 
 
-def judge(condition: Condition, figures: Sequence[MetricComparison]) -> Outcome:
-    """Look a condition up in all figures of its metric."""
-    own = [compared for compared in figures if compared.metric is condition.metric]
-    unknown = [c for c in own if (c.verdict == TOO_FEW or c.verdict.startswith(MISSING)) and not condition.holds(c)]
+def judge(condition: Condition, compared: FolderComparison) -> Outcome:
+    """Look a condition up in all figures of its metric, and for what B lost."""
+    own = [figure for figure in compared.figures if figure.metric is condition.metric]
+    fewer = [figure for figure in own if figure.n_a is not None and figure.n_b < figure.n_a]
     return Outcome(
         condition,
-        tuple(_reason(condition, compared) for compared in own if condition.holds(compared)),
-        tuple(f"{compared.place}: {compared.verdict}" for compared in unknown),
-        len(own) - len(unknown),
+        (*_lost_runs(compared), *(_fewer(figure) for figure in fewer)),
+        tuple(_reason(condition, figure) for figure in own if condition.holds(figure)),
+        tuple(f"{figure.place}: {figure.verdict}" for figure in own if _is_unknown(figure)),
+        len(own) - sum(_is_unknown(figure) or figure.verdict == f"{MISSING} B" for figure in own),
     )
 
 
+def _is_unknown(figure: MetricComparison) -> bool:
+    """Whether there is no saying if it became worse, of what B has not lost."""
+    return figure.verdict in (TOO_FEW, f"{MISSING} A")
+
+
+def _lost_runs(compared: FolderComparison) -> list[str]:
+    """Runs of A that have no partner, and files of B, which may be what is missing."""
+    lost = []
+    for entry in compared.unmatched:
+        if entry.side == "A":
+            numbers = f"repetition{'s' if len(entry.repetitions) > 1 else ''} {', '.join(map(str, entry.repetitions))}"
+            lost.append(f"{entry.strategy} at {entry.context_tokens}, {numbers}: {entry.reason}")
+    return lost + [f"not read in B: {problem}" for problem in compared.b.problems]
+
+
+def _fewer(figure: MetricComparison) -> str:
+    values = "value" if figure.n_a == 1 else "values"
+    return f"{figure.place}: B has {figure.n_b or 'none'} of A's {figure.n_a} {values} of {figure.metric.name}"
+
+
 def _reason(condition: Condition, compared: MetricComparison) -> str:
-    if compared.verdict.startswith(MISSING):
-        return f"{compared.place}: {compared.verdict}"
     ratio = compared.ratio
     beyond = "above" if condition.metric.lower_is_better else "below"
     interval = "" if condition.metric.once else f" [{ratio_text(ratio.low)}-{ratio_text(ratio.high)}]"

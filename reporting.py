@@ -32,7 +32,7 @@ from comparison import (
 )
 from intervals import RESAMPLES
 from metrics import SCHEMA_VERSION, spread
-from quality_frame import records, task_scores
+from quality_frame import FIDELITY, records, task_scores
 from registry import MODES
 from result_frame import (
     Result,
@@ -63,17 +63,7 @@ __all__ = [
     "write_summary",
 ]
 
-# Key of the summary -> the frame's column, of runs whose fidelity was measured.
-FIDELITY = {
-    "average_kl_mean": "kl_mean",
-    "average_kl_max": "kl_max",
-    "average_top1_agreement": "top1_agreement",
-    "average_perplexity": "perplexity",
-    "average_baseline_perplexity": "baseline_perplexity",
-    "average_attention_mass_recall": "attention_mass_recall",
-    "average_page_recall": "page_recall",
-}
-# The same for all that is averaged over successful runs.
+# Key of the summary -> the frame's column, of all that is averaged over successful runs.
 AVERAGES = {
     "average_latency_ms": "tpot_ms",
     "average_itl_p50_ms": "itl_p50_ms",
@@ -100,7 +90,7 @@ AVERAGES = {
     "average_predict_percent": "predict_percent",
     "average_skipped_rate": "skipped_rate",
     "average_tpot_over_floor": "tpot_over_floor",
-    **FIDELITY,
+    **{f"average_{column}": column for column in FIDELITY},
     "average_gpu_memory_mb": "gpu_memory_mb",
     "average_gpu_peak_mb": "gpu_peak_mb",
     "average_device_kv_mb": "device_kv_mb",
@@ -410,7 +400,7 @@ def _why_null(mode: str, key: str, successful_runs: int) -> str:
         return NO_REPETITIONS
     if mode == "baseline" and "recall" in key:
         return "the baseline reads all of its cache"
-    if key in FIDELITY:
+    if AVERAGES.get(key) in FIDELITY:
         return "no run's fidelity was measured, which a quality block asks for"
     if mode == "baseline" and any(word in key for word in ("cache", "stall", "host_kv", "floor")):
         return "the baseline does not page its cache"

@@ -112,6 +112,7 @@ _TEXT = {
 }
 _COUNTS = {
     "repetition": "spec.repetition",
+    "seed": "spec.seed",
     "batch_size": "spec.batch_size",
     "max_new_tokens": "spec.max_new_tokens",
     "warmup_runs": "spec.warmup_runs",

@@ -2,12 +2,14 @@
 
 A result carries its whole spec, so the experiment list can be written back from results alone, whatever became of the
 file they were made with: `experiment_list` gives YAML that `main.py --config` takes, and whose runs have the very
-specs, and so the run ids, of these. Settings that have their defaults are left out of it.
+specs, and so the run ids, of these. Only where two experiments had one name do the runs differ from these, in their
+names, which tell them apart, and so in their ids. Settings that have their defaults are left out of it.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -98,15 +100,17 @@ def experiment_list(results: Sequence[Result]) -> str:
 
     An experiment has all context lengths and as many repetitions as any of its results has, so that the list of an
     interrupted sweep has runs that it did not make. Where two experiments have one name, as in a folder that holds two
-    sweeps, their settings are added to it.
+    sweeps, the settings or the seeds in which they differ are added to it.
     """
     import yaml
 
-    groups: dict[str, list[Result]] = {}
+    groups: dict[tuple[str, int], list[Result]] = {}
     for label, result in zip(strategy_labels(results), results, strict=True):
-        groups.setdefault(f"{label} {first_seed(result)}", []).append(result)
-    labels = dict(zip(map(id, results), strategy_labels(results), strict=True))
-    entries = [_entry(labels[id(group[0])], group) for group in groups.values()]
+        groups.setdefault((label, first_seed(result)), []).append(result)
+    seeds = Counter(label for label, _ in groups)
+    entries = [
+        _entry(f"{label} seed={seed}" if seeds[label] > 1 else label, group) for (label, seed), group in groups.items()
+    ]
     shared = {key: value for key, value in entries[0].items() if _is_shared(key, value, entries)}
     own = [{key: value for key, value in entry.items() if key not in shared} for entry in entries]
     values = {"defaults": shared, "experiments": own} if shared else {"experiments": own}

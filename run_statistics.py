@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -113,11 +113,11 @@ def paired_ratio(cells: Sequence[Sequence[float]], seed: int = 0) -> Ratio:
     n_pairs = sum(map(len, cells))
     if not cells:
         return Ratio(None, None, None, 0, 0)
-    ratio = _exp(float(_mean_of_medians([logs[None] for logs in cells])[0]))
+    ratio = _exp(float(_mean_of_medians(logs[None] for logs in cells)[0]))
     if min(map(len, cells)) < 2:  # the spread of one pair is not known, and must not pass for none
         return Ratio(ratio, None, None, n_pairs, len(cells))
     rng = np.random.default_rng(seed)
-    figures = _mean_of_medians([rng.choice(logs, size=(RESAMPLES, len(logs))) for logs in cells])
+    figures = _mean_of_medians(rng.choice(logs, size=(RESAMPLES, len(logs))) for logs in cells)
     if np.isfinite(figures).all():
         low, high = np.quantile(figures, (0.025, 0.975))
     else:  # nothing lies between a number and infinity: the next resample outwards
@@ -126,16 +126,18 @@ def paired_ratio(cells: Sequence[Sequence[float]], seed: int = 0) -> Ratio:
     return Ratio(ratio, _exp(float(low)), _exp(float(high)), n_pairs, len(cells))
 
 
-def _mean_of_medians(resampled: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over cells of the medians of arrays [resamples, pairs]; opposite infinities cancel to 0."""
-    medians = []
+def _mean_of_medians(resampled: Iterable[np.ndarray]) -> np.ndarray:
+    """Mean over cells of the medians of arrays [resamples, pairs]; opposite infinities cancel to 0.
+
+    Cells are drawn and summed one at a time, since the resamples of a thousand cells would fill half a gigabyte.
+    """
+    total, n_cells = np.zeros(1), 0
     for logs in resampled:
         ordered, n = np.sort(logs, axis=1), logs.shape[1]
-        medians.append(_midpoint(ordered[:, (n - 1) // 2], ordered[:, n // 2]))
-    if len(medians) == 1:
-        return medians[0]
-    with np.errstate(invalid="ignore"):
-        return np.nan_to_num(np.mean(medians, axis=0), nan=0.0, posinf=np.inf, neginf=-np.inf)
+        with np.errstate(invalid="ignore"):
+            total = total + _midpoint(ordered[:, (n - 1) // 2], ordered[:, n // 2])
+        n_cells += 1
+    return np.nan_to_num(total / n_cells, nan=0.0, posinf=np.inf, neginf=-np.inf)
 
 
 def _midpoint(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quality_frame import FIDELITY
 from registry import Registry
 from result_frame import to_frame
 
@@ -30,19 +31,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Columns of the frame of runs that are known only once the sweep is over.
-QUALITY = (
-    "kl_mean",
-    "kl_max",
-    "top1_agreement",
-    "perplexity",
-    "baseline_perplexity",
-    "attention_mass_recall",
-    "page_recall",
-)
 # What says which run it is, and not how it went.
 _IDENTITY = (
     "repetition",
+    "seed",
     "batch_size",
     "max_new_tokens",
     "requested_tokens",
@@ -165,14 +157,14 @@ def _flat(block: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def figures_of(result: RunResult) -> dict[str, float]:
     """What was measured of a run, under the name of its column in the frame of runs: `tpot_ms`, `hit_rate`.
 
-    Quality is not among it, see `quality_of`.
+    Quality, which is known only once the sweep is over, is not among it, see `quality_of`.
     """
-    return {name: value for name, value in _numbers(result).items() if name not in QUALITY}
+    return {name: value for name, value in _numbers(result).items() if name not in FIDELITY}
 
 
 def quality_of(result: RunResult) -> dict[str, float]:
     """What was measured of a run's quality: `kl_mean` and so on, and the score of each task as `task/passkey/1000`."""
-    figures = {name: value for name, value in _numbers(result).items() if name in QUALITY}
+    figures = {name: value for name, value in _numbers(result).items() if name in FIDELITY}
     for task in (result.quality or {}).get("tasks") or []:
         figures[f"task/{task['task']}/{task['tokens']}"] = float(task["mean"])
     return figures

@@ -190,6 +190,36 @@ def test_each_run_has_its_own_speedup_over_the_same_repetition_of_the_baseline()
     assert set(own_speedups(to_frame(without_baseline()))) == {None}
 
 
+def two_seeds():
+    """Repetitions 0 and 1 of seeds 3 and 4; each reactive run is twice as fast as its own baseline's."""
+    places = [(repetition, seed) for seed in (3, 4) for repetition in (0, 1)]
+    baseline = [make_result(repetition=r, seed=s, tpot_ms=100.0 * s + r) for r, s in places]
+    return baseline + [make_result("reactive", repetition=r, seed=s, tpot_ms=50.0 * s + r / 2) for r, s in places]
+
+
+def test_a_run_is_paired_with_the_same_repetition_of_its_own_seed_alone():
+    (comparison,) = compare(to_frame(two_seeds()))
+    assert comparison.paired_speedups_percent == pytest.approx((100.0,) * 4)
+    assert (comparison.speedup.n_pairs, len(comparison.paired_gains_percent)) == (4, 4)
+    assert own_speedups(to_frame(two_seeds())) == [None] * 4 + [2.0] * 4
+
+
+def test_contexts_that_were_cut_to_one_length_are_not_paired_with_each_other():
+    results = [make_result(tpot_ms=100.0), make_result("reactive", tpot_ms=50.0)]
+    results += [make_result(tpot_ms=300.0), make_result("reactive", tpot_ms=100.0)]
+    for result in results[2:]:
+        result["context"]["requested_tokens"] = 9000
+    (comparison,) = compare(to_frame(results))
+    assert comparison.paired_speedups_percent == pytest.approx((100.0, 200.0))
+    assert own_speedups(to_frame(results)) == [None, None, 2.0, 3.0]
+
+
+def test_a_run_that_is_there_twice_is_in_no_pair():
+    results = [make_result(), make_result(), make_result("reactive")]
+    (comparison,) = compare(to_frame(results))
+    assert (comparison.speedup.n_pairs, own_speedups(to_frame(results))) == (0, [None] * 3)
+
+
 def without_baseline():
     return [result for result in make_sweep() if result["spec"]["mode"] != "baseline"]
 

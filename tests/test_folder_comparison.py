@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from result_fixtures import approximately, make_failure, make_result, make_sweep, with_fidelity, write_results
 
+import folder_comparison
 from folder_comparison import METRICS, Folder, FolderComparison, compare_folders, match
 
 FIGURES = {"tpot_ms": "timing", "ttft_ms": "timing", "tokens_per_second": "timing", "hit_rate": "cache"}
@@ -233,6 +234,30 @@ def test_namesakes_are_matched_by_their_whole_spec_and_else_not_at_all(tmp_path)
         ("A", "several runs of this name: which is meant?"),
         ("B", "several runs of this name: which is meant?"),
     }
+
+
+def test_runs_of_several_seeds_are_matched_seed_by_seed_whatever_their_settings(tmp_path):
+    a = [make_result("reactive", seed=seed, tpot_ms=100.0 * seed) for seed in (1, 2, 3)]
+    b = [make_result("reactive", seed=seed, tpot_ms=200.0 * seed) for seed in (1, 2)]
+    for number, result in enumerate([*a, *b]):
+        result["run_id"] = str(number)
+    for result in b:
+        result["spec"]["paging"] = {**result["spec"]["paging"], "max_gpu_pages": 9}
+    comparison = compared(tmp_path, a, b)
+    found = figure(comparison, "tpot_ms", "reactive")
+    assert (found.ratio.n_pairs, found.ratio.low, found.ratio.high) == (2, pytest.approx(2.0), pytest.approx(2.0))
+    assert [(u.side, u.reason) for u in comparison.unmatched] == [("A", "no such run in B")]
+    other_seed = [make_result("reactive", seed=7)]
+    assert len(compared(tmp_path / "other", a[:1], other_seed).pairs) == 1  # a list run again with --seed
+
+
+def test_a_column_is_read_once_for_all_its_cells(tmp_path, monkeypatch):
+    asked = []
+    speedups = folder_comparison.own_speedups
+    monkeypatch.setattr(folder_comparison, "own_speedups", lambda frame: asked.append(1) or speedups(frame))
+    comparison = compared(tmp_path, make_sweep(), make_sweep())
+    assert figure(comparison, "speedup", "reactive", 1000).n_a == 3
+    assert len(asked) == 2  # once in A and once in B, of six cells
 
 
 def test_the_tokens_of_partners_are_compared(tmp_path):

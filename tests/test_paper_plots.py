@@ -3,6 +3,7 @@ the same each time."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 
@@ -22,6 +23,7 @@ import paper_plots
 import plot_list
 import plots
 import quality_budget
+import run_statistics
 from intervals import bootstrap
 from result_frame import to_frame
 
@@ -80,6 +82,7 @@ def test_latency_is_the_median_with_its_bootstrap_interval():
     (point,) = paper_plots.measured_by_cell(frame, "tpot_ms").values()
     assert (point.median, point.n) == (83.0, 5)
     assert (point.low, point.high) == bootstrap(times_ms, np.median)
+    assert dataclasses.asdict(point) == run_statistics.median_with_interval(times_ms)
 
 
 def test_a_speed_up_is_taken_pair_by_pair_of_the_same_repetition():

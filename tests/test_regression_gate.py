@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from result_fixtures import make_failure, make_result, make_sweep, with_fidelity, write_results
 from test_folder_comparison import compared, runs, scaled
 
 import main
-from folder_comparison import METRICS
+from folder_comparison import METRICS, Folder, compare_folders, match
 from regression_gate import judge, parse_condition
 
 
 def outcome(tmp_path, a, b, text):
-    return judge(parse_condition(text), compared(tmp_path, a, b).figures)
+    return judge(parse_condition(text), compared(tmp_path, a, b))
 
 
 @pytest.mark.parametrize("text", ["tpot_ms>5%", " tpot_ms > 5 % ", "tpot_ms>5.0%"])
@@ -90,11 +92,51 @@ def test_a_figure_that_b_lost_fails_the_condition_and_one_that_b_gained_does_not
     good = runs("reactive", (80.0, 80.0))
     failed = [make_failure(result) for result in good]
     lost = outcome(tmp_path / "2", good, failed, "tpot_ms>5%")
-    assert (lost.passed, lost.holds_at) == (False, ("reactive at 500: missing in B",))
+    assert (lost.passed, lost.lost) == (False, ("reactive at 500: B has none of A's 2 values of tpot_ms",))
+    assert (lost.n_judged, lost.not_judged) == (0, ())
     gained = outcome(
         tmp_path / "3", runs("baseline", (1.0, 1.0)) + failed, runs("baseline", (1.0, 1.0)) + good, "tpot_ms>5%"
     )
     assert (gained.passed, gained.not_judged) == (True, ("reactive at 500: missing in A",))
+
+
+def test_a_strategy_that_b_lost_fails_any_condition(tmp_path):
+    sweep = make_sweep(contexts=(500,))
+    found = outcome(tmp_path, sweep, [r for r in sweep if r["spec"]["mode"] != "reactive"], "tpot_ms>5%")
+    assert (found.passed, found.holds_at, found.n_judged) == (False, (), 2)
+    assert found.lost == ("reactive at 500, repetitions 0, 1, 2: no such run in B",)
+    assert outcome(tmp_path / "gained", sweep[:1] + sweep[3:4], sweep, "tpot_ms>5%").passed
+
+
+def test_a_file_of_b_that_cannot_be_read_fails_any_condition(tmp_path):
+    folders = [write_results(tmp_path / side, make_sweep(contexts=(500,))) for side in "AB"]
+    (folders[1] / "reactive_torn.json").write_text("{")
+    found = judge(parse_condition("tpot_ms>5%"), compare_folders(*folders))
+    assert (found.passed, found.n_judged) == (False, 3)
+    assert (
+        len(found.lost) == 1 and found.lost[0].startswith("not read in B: ") and "reactive_torn.json" in found.lost[0]
+    )
+    assert judge(parse_condition("tpot_ms>5%"), compare_folders(*folders[::-1])).passed
+
+
+@pytest.mark.parametrize("text", ["tpot_ms>5%", "speedup<5%"])
+def test_a_repetition_that_failed_in_b_alone_fails_the_condition(tmp_path, text):
+    sweep = make_sweep(contexts=(500,), repetitions=4)
+    torn = [make_failure(r) if r["run_id"] == "reac-reactive-500-2" else r for r in sweep]
+    found = outcome(tmp_path / "lost", sweep, torn, text)
+    assert found.lost == (f"reactive at 500: B has 3 of A's 4 values of {text[:-3]}",)
+    assert not found.passed and not found.holds_at
+    assert outcome(tmp_path / "both", torn, torn, text).passed
+    assert outcome(tmp_path / "gained", torn, sweep, text).passed
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_at_no_margin_noise_alone_trips_one_in_two_to_the_n(n):
+    tripped = 0
+    for signs in itertools.product((0.9, 1.1), repeat=n):  # all equally likely where nothing differs
+        sides = (Folder(None, runs("baseline", times), []) for times in ([100.0] * n, [100.0 * s for s in signs]))
+        tripped += not judge(parse_condition("tpot_ms>0%"), match(*sides)).passed
+    assert tripped == 1
 
 
 def test_a_condition_that_judged_nothing_has_not_passed(tmp_path):
@@ -125,6 +167,14 @@ def test_the_command_exits_1_where_a_condition_holds_and_names_it(slower, capsys
         "--fail-if tpot_ms>5%: FAILED (9 figures judged)\n  baseline at 500: B / A = 1.10 [1.10-1.10], above 1.05"
         in out
     )
+
+
+def test_the_command_exits_1_and_says_what_is_lost(slower, capsys):
+    (slower[1] / "reactive_reac-reactive-500-1.json").write_text("{")
+    code, out, _ = command(capsys, "--compare", *slower, "--fail-if", "tpot_ms>15%")
+    assert code == 1
+    assert "--fail-if tpot_ms>15%: FAILED" in out
+    assert "  lost: reactive at 500, repetition 1: no such run in B\n  lost: not read in B: " in out
 
 
 def test_the_command_exits_0_where_none_holds(slower, capsys):

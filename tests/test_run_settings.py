@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,29 @@ def test_two_experiments_of_one_name_get_names_of_their_own():
     other["spec"]["paging"] = {**other["spec"]["paging"], "max_gpu_pages": 9}
     entries = yaml.safe_load(experiment_list([one, other]))["experiments"]
     assert [entry["name"] for entry in entries] == ["reactive (max_gpu_pages=4)", "reactive (max_gpu_pages=9)"]
+
+
+@pytest.mark.parametrize("again", [99, 6])  # of the sampled experiment, seeds 6 + repetition overlap those of 5
+def test_a_folder_of_two_seeds_gives_a_list_that_loads_with_a_name_for_each(tmp_path, again):
+    path = tmp_path / "first.yaml"
+    path.write_text(VARIED)
+    experiments = load_experiments(path)
+    specs = [spec for seed in (5, again) for spec in expand(experiments, seed=seed)]
+    made = made_again(results_of(specs), tmp_path)
+    names = {spec.name for spec in made}
+    assert {"baseline seed=5", f"baseline seed={again}", f"unmeasured seed={again}"} <= names
+    assert len(names) == 10
+
+    def but_for_the_name(specs):
+        return {replace(spec, name=spec.name.rpartition(" seed=")[0] or spec.name).run_id for spec in specs}
+
+    assert but_for_the_name(made) == ids(specs)
+
+
+def test_a_seed_is_in_no_name_that_only_one_experiment_has():
+    results = [make_result(seed=1), make_result("reactive", seed=1), make_result("reactive", seed=2)]
+    entries = yaml.safe_load(experiment_list(results))["experiments"]
+    assert [entry.get("name") for entry in entries] == [None, "reactive seed=1", "reactive seed=2"]
 
 
 # --- what differs and what does not ---------------------------------------------------------------------------------

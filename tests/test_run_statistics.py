@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -98,6 +99,16 @@ def test_no_pair_has_no_ratio():
 )
 def test_the_verdict_is_whether_1_lies_within_the_interval(ratios, verdict):
     assert paired_ratio([np.log(ratios)]).verdict == verdict
+
+
+def test_many_cells_take_no_more_memory_than_one():
+    cells = np.random.default_rng(0).normal(size=(100, 5))
+    tracemalloc.start()
+    try:
+        assert paired_ratio(cells).n_cells == 100
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20  # the resamples of all cells are 38 MiB
+    finally:
+        tracemalloc.stop()
 
 
 def test_zeros_have_their_place_in_the_order_of_ratios():

@@ -20,7 +20,9 @@ from result_fixtures import make_failure, make_result, make_task, with_fidelity,
 
 import main
 from metrics import RunResult
+from quality_frame import FIDELITY
 from registry import UnknownName
+from reporting import AVERAGES
 from trackers import TRACKERS, Trackers, TrackerUnavailable, figures_of, quality_of, settings_of, steps_of
 from utils import PROJECT_FOLDER
 
@@ -184,14 +186,15 @@ def test_figures_are_those_that_were_measured_and_no_others():
     paged, plain = figures_of(as_result(make_result("reactive", tpot_ms=80.0))), figures_of(as_result(make_result()))
     assert (paged["tpot_ms"], paged["hit_rate"], paged["device_kv_mb"]) == (80.0, 0.75, 40.0)
     assert "hit_rate" not in plain
-    assert not {"kl_mean", "page_size", "repetition", "run_id", "exact"} & paged.keys()
+    assert not {"kl_mean", "page_size", "repetition", "seed", "run_id", "exact"} & paged.keys()
 
 
 def test_quality_has_fidelity_and_a_score_for_each_task():
     result = with_tasks(with_fidelity(make_result("reactive"), kl_mean=0.25), make_task([1, 0], [1, 1], tokens=500))
     quality = quality_of(as_result(result))
     assert (quality["kl_mean"], quality["task/passkey/500"]) == (0.25, 0.5)
-    assert "tpot_ms" not in quality
+    assert quality.keys() == {*FIDELITY, "task/passkey/500"}  # every fidelity that the summary averages
+    assert set(FIDELITY) <= set(AVERAGES.values())
     assert quality_of(as_result(make_result())) == {}
 
 
