@@ -12,10 +12,11 @@ own, is cold, and then warms up as the first repetition does.
 from __future__ import annotations
 
 import copy
+import datetime
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -42,13 +43,23 @@ class Watcher(Protocol):
     def finished(self, result: RunResult) -> None: ...
 
 
+def moment() -> str:
+    """Now, as results write it: ISO 8601 in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Why a job has no figures: the status and the error of its row, and the machine where that is known."""
+    """Why a job has no figures, and what else its row says.
+
+    A job whose process died tells nothing of itself, so where it was and when are then what the sweep's process knows:
+    its own machine, and the moment at which it began the job or learned of its end.
+    """
 
     status: str
     reason: str
-    environment: dict[str, Any] | None = None
+    environment: dict[str, Any] = field(default_factory=environment)
+    started_at: str = field(default_factory=moment)
 
 
 class Job(Protocol):
@@ -89,6 +100,7 @@ class TimedRun:
             run_id=self.spec.run_id,
             status=failure.status,
             error=failure.reason,
+            started_at=failure.started_at,
             environment=failure.environment,
         )
 
@@ -185,7 +197,7 @@ class _Teller(logging.Handler):
 
 def _failure(spec: RunSpec, error: Exception) -> Failure:
     row = failed_run(spec, error)
-    return Failure(row.status, row.error, environment())
+    return Failure(row.status, row.error, row.environment, row.started_at)
 
 
 def _alike(spec: RunSpec) -> str:

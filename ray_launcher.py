@@ -86,7 +86,7 @@ class RayLauncher:
                     outcome = job.failed(Failure("crashed", f"{len(retries)} workers died of it: {died}"))
                     log.error("%s: given up after %d workers died of it", job, len(retries))
                 if retries and isinstance(outcome, RunResult):
-                    outcome.environment = {**(outcome.environment or {}), "retries": retries}
+                    outcome.environment = {**outcome.environment, "retries": retries}
                 yield job, outcome
         finally:
             for task in pending:

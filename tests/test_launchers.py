@@ -15,6 +15,7 @@ from launchers import LocalLauncher, make_launcher
 from planning import PlannedRun
 from progress import Silent
 from registry import LAUNCHERS
+from result_schema import check
 from result_store import ResultStore
 from run_specs import expand
 from sweep import Sweep
@@ -129,6 +130,7 @@ def test_a_crash_ends_its_own_run_only(launcher_of, name, tmp_path):
         assert "3 workers died of it: WorkerCrashedError" in rows["Killed"].error
         assert len(rows["Killed"].environment["retries"]) == 3
     assert sorted(watcher.finished_runs) == sorted(rows)
+    assert list(check(tmp_path)) == []
     again = Sweep(planned, ResultStore(tmp_path), LocalLauncher(), Notes())
     again.resume()
     assert {result.spec["name"]: result.status for result in again.results} == {
