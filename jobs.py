@@ -15,6 +15,7 @@ import copy
 import datetime
 import gc
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -88,11 +89,16 @@ class TimedRun:
         for note in notes:
             log.info("%s: %s", spec.slug, note)
         run = MODES.load(spec.mode)
-        if spec.repetition and not is_warm:  # the first repetition warms up itself
-            short = replace(spec, max_new_tokens=min(WARMUP_TOKENS, spec.max_new_tokens))
-            for _ in range(spec.warmup_runs):
-                run(short, model, on_token=None)
-        return run(spec, model, on_token=watcher.token)
+        if is_warm or not spec.repetition:  # the first repetition warms up itself
+            return run(spec, model, on_token=watcher.token)
+        started_at, started = moment(), time.perf_counter()
+        short = replace(spec, max_new_tokens=min(WARMUP_TOKENS, spec.max_new_tokens))
+        for _ in range(spec.warmup_runs):
+            run(short, model, on_token=None)
+        warm_up_seconds = time.perf_counter() - started
+        result = run(spec, model, on_token=watcher.token)
+        # As a first repetition has it, whose own time begins with its warm-up.
+        return replace(result, started_at=started_at, duration_seconds=warm_up_seconds + result.duration_seconds)
 
     def failed(self, failure: Failure) -> RunResult:
         return RunResult(
