@@ -12,10 +12,12 @@ own, is cold, and then warms up as the first repetition does.
 from __future__ import annotations
 
 import copy
+import datetime
 import gc
 import logging
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -42,13 +44,23 @@ class Watcher(Protocol):
     def finished(self, result: RunResult) -> None: ...
 
 
+def moment() -> str:
+    """Now, as results write it: ISO 8601 in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Why a job has no figures: the status and the error of its row, and the machine where that is known."""
+    """Why a job has no figures, and what else its row says.
+
+    A job whose process died tells nothing of itself, so where it was and when are then what the sweep's process knows:
+    its own machine, and the moment at which it began the job or learned of its end.
+    """
 
     status: str
     reason: str
-    environment: dict[str, Any] | None = None
+    environment: dict[str, Any] = field(default_factory=environment)
+    started_at: str = field(default_factory=moment)
 
 
 class Job(Protocol):
@@ -77,11 +89,16 @@ class TimedRun:
         for note in notes:
             log.info("%s: %s", spec.slug, note)
         run = MODES.load(spec.mode)
-        if spec.repetition and not is_warm:  # the first repetition warms up itself
-            short = replace(spec, max_new_tokens=min(WARMUP_TOKENS, spec.max_new_tokens))
-            for _ in range(spec.warmup_runs):
-                run(short, model, on_token=None)
-        return run(spec, model, on_token=watcher.token)
+        if is_warm or not spec.repetition:  # the first repetition warms up itself
+            return run(spec, model, on_token=watcher.token)
+        started_at, started = moment(), time.perf_counter()
+        short = replace(spec, max_new_tokens=min(WARMUP_TOKENS, spec.max_new_tokens))
+        for _ in range(spec.warmup_runs):
+            run(short, model, on_token=None)
+        warm_up_seconds = time.perf_counter() - started
+        result = run(spec, model, on_token=watcher.token)
+        # As a first repetition has it, whose own time begins with its warm-up.
+        return replace(result, started_at=started_at, duration_seconds=warm_up_seconds + result.duration_seconds)
 
     def failed(self, failure: Failure) -> RunResult:
         return RunResult(
@@ -89,6 +106,7 @@ class TimedRun:
             run_id=self.spec.run_id,
             status=failure.status,
             error=failure.reason,
+            started_at=failure.started_at,
             environment=failure.environment,
         )
 
@@ -185,7 +203,7 @@ class _Teller(logging.Handler):
 
 def _failure(spec: RunSpec, error: Exception) -> Failure:
     row = failed_run(spec, error)
-    return Failure(row.status, row.error, environment())
+    return Failure(row.status, row.error, row.environment, row.started_at)
 
 
 def _alike(spec: RunSpec) -> str:

@@ -278,7 +278,8 @@ def prefetch_figures(recorder: Recorder, page_bytes: int) -> dict[str, Any]:
 class RunResult:
     """Everything one run leaves behind. Blocks that do not apply to a mode, or were not measured, are None.
 
-    `status` is `"ok"`, `"out_of_memory"` or `"error"`; if not ok, `error` says what happened.
+    `status` is `"ok"`, `"out_of_memory"`, `"error"`, or `"crashed"` where the run's process died; if not ok, `error`
+    says what happened.
     """
 
     spec: dict[str, Any]

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from jobs import Failure, Job, Watcher, do_alone
+from jobs import Failure, Job, Watcher, do_alone, moment
 from run_specs import RunSpec
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class ProcessLauncher:
             yield job, self._do(job, watcher)
 
     def _do(self, job: Job, watcher: Watcher) -> Any:
+        started_at = moment()
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe(duplex=False)
         process = self._process = context.Process(target=_alone, args=(job, there), daemon=True)
@@ -60,7 +61,7 @@ class ProcessLauncher:
             self.close()
         if outcomes:
             return outcomes[0]
-        failure = Failure("crashed", how_it_ended(exit_code))
+        failure = Failure("crashed", how_it_ended(exit_code), started_at=started_at)
         log.error("%s: %s", job, failure.reason)
         return job.failed(failure)
 

@@ -76,8 +76,7 @@ class Lines(Silent):
 
     def resumed(self, results: Sequence[RunResult], note: str) -> None:
         self.n_finished = len(results)
-        for result in results:
-            self.pace.finished(result)
+        self.pace.resumed(results)
         self._say(note)
 
     def loading(self, model_name: str) -> None:
@@ -123,8 +122,7 @@ class Bar(Silent):
 
     def resumed(self, results: Sequence[RunResult], note: str) -> None:
         self.n_finished = len(results)
-        for result in results:
-            self.pace.finished(result)
+        self.pace.resumed(results)
         self.progress.update(self.task, completed=len(results))
         self.progress.console.print(note, markup=False)
 
@@ -223,7 +221,8 @@ def outcome(result: RunResult) -> str:
     spec = result.spec
     what = f"{spec['name']}, {spec['context_length']} tokens, run {spec['repetition'] + 1}"
     if not result.ok:
-        return f"{what}: {result.status}: {(result.error or '').splitlines()[0].removesuffix(' Tried:')}"
+        reason, _, _ = (result.error or "").partition("\n")
+        return f"{what}: {result.status}: {reason.removesuffix(' Tried:')}"
     figures = [f"{result.timing['tpot_ms']:.1f} ms/token"] if result.timing["tpot_ms"] is not None else []
     if (hit_rate := _hit_rate(result)) is not None:
         figures.append(hit_rate)

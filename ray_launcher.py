@@ -45,7 +45,7 @@ class RayLauncher:
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: no cluster answers at the address.
+        ValueError: no cluster answers at the address, or none of its machines has so many cores.
     """
 
     by_model = False
@@ -58,6 +58,8 @@ class RayLauncher:
             import ray
         except ImportError as error:
             raise ImportError("--launcher ray needs Ray, which is an extra: pip install -e '.[cluster]'") from error
+        if cpus is not None and cpus < 1:
+            raise ValueError(f"--ray-cpus {cpus}: a run takes at least 1 core")
         self.ray, self.cpus = ray, cpus
         # "local": given None, Ray would try a cluster that was left behind on this machine, and for long if it is gone.
         options = {"address": "local", "include_dashboard": False} if here_only else {"address": address}
@@ -65,6 +67,10 @@ class RayLauncher:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options)
         except (ConnectionError, ValueError) as error:
             raise ValueError(f"--ray-address {address}: no Ray cluster answers there: {error}") from error
+        most = int(max((machine["CPU"] for machine in self._machines()), default=0))
+        if cpus is not None and cpus > most:  # Ray would wait for ever for a machine that has them
+            self.close()
+            raise ValueError(f"--ray-cpus {cpus}: the largest machine of the cluster has {most} cores; ask for no more")
         # One task for each worker: the next would find the memory, and the warmth, that this one left.
         self._task = ray.remote(max_calls=1, max_retries=0)(_in_a_worker)
 
@@ -86,7 +92,7 @@ class RayLauncher:
                     outcome = job.failed(Failure("crashed", f"{len(retries)} workers died of it: {died}"))
                     log.error("%s: given up after %d workers died of it", job, len(retries))
                 if retries and isinstance(outcome, RunResult):
-                    outcome.environment = {**(outcome.environment or {}), "retries": retries}
+                    outcome.environment = {**outcome.environment, "retries": retries}
                 yield job, outcome
         finally:
             for task in pending:
@@ -101,19 +107,23 @@ class RayLauncher:
         try:
             outcome, records = self.ray.get(task)
         except errors.OutOfMemoryError as error:
-            return job.failed(Failure("out_of_memory", _first_line(error))), None
+            return job.failed(Failure("out_of_memory", _lines_of(error)[0])), None
         except (errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError) as error:
-            return None, f"{type(error).__name__}: {_first_line(error)}"
+            return None, f"{type(error).__name__}: {_lines_of(error)[0]}"
         except Exception as error:  # of Ray, or of a worker in which this program could not even be imported
             log.exception("%s failed", job)
-            return job.failed(Failure("error", str(error).strip().splitlines()[-1])), None
+            return job.failed(Failure("error", _lines_of(error)[-1])), None
         for record in records:
             logging.getLogger(record.name).handle(record)
         return outcome, None
 
+    def _machines(self) -> list[dict[str, float]]:
+        """What each machine of the cluster has that takes tasks."""
+        return [node["Resources"] for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
     def _share(self, spec: RunSpec) -> dict[str, float]:
         """What of a machine a job takes: `num_gpus` and `num_cpus`."""
-        machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        machines = self._machines()
         with_gpu = [machine for machine in machines if machine.get("GPU")]
         if with_gpu and spec.device != "cpu":
             n_gpus = min(machine["GPU"] for machine in with_gpu) if spec.device_map else 1
@@ -135,5 +145,6 @@ def _in_a_worker(job: Job, argv: list[str], search_path: list[str]) -> tuple[Any
     return do_alone(job, Silent(), records.append), records
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _lines_of(error: Exception) -> list[str]:
+    """The lines of an error's message, at least one: of an empty message the kind of the error."""
+    return str(error).strip().splitlines() or [type(error).__name__]

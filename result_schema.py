@@ -101,7 +101,7 @@ class PredictiveResult(_Finished):
 class FailedResult(_Run):
     """A run that did not finish; what was measured before it failed is not kept."""
 
-    status: Literal["out_of_memory", "error"]
+    status: Literal["out_of_memory", "error", "crashed"] = says("crashed: its process died")
     error: str = says("what happened")
     spec: Annotated[BaselineSpec | ReactiveSpec | PredictiveSpec, Field(discriminator="mode")]
     duration_seconds: None

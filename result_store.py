@@ -2,15 +2,14 @@
 
 A file is named after its run and ends in the run's id, a hash of all that decides its outcome. So a list whose settings
 have changed finds no file of its runs, and never takes an old result for a new one. A file that is there is looked at
-before it counts: it has to hold the very spec it is named after, and what a sweep needs of a result. One that does not,
-because a disk was full, an editor was at it, or another program wrote it, is named as a problem.
+before it counts: it has to hold the very spec it is named after, and be a whole result (`result_schema`). One that is
+not, because a disk was full, an editor was at it, or another program wrote it, is named as a problem.
 
 Files are written atomically (`utils.write_json`), so a sweep can be killed at any moment: a result is there or not.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,12 +18,17 @@ from typing import Any
 
 from metrics import RunResult
 from result_frame import Result, read_result
+from result_schema import problems_of
 from run_specs import RunSpec
 from utils import write_json
 
 ANY_RESULT = "*_ctx*_run*_*.json"  # as `RunSpec.slug` names them
 # What must be the same for two results to be of one machine and program; keys of `environment`.
-SAME_MACHINE = ("cpu", "gpus", "git_commit", "torch_threads", "packages")
+SAME_MACHINE = ("cpu", "gpus", "git_commit", "git_dirty", "torch_threads", "packages")
+# What must be the same for two results to be of one model, if the same was asked for; keys of `model`. What a folder
+# or a file of weights holds is no part of a spec, and so of no run's id.
+SAME_MODEL = ("source", "n_parameters", "weight_bytes", "kv_bytes_per_token")
+ASKED_FOR = ("model_name", "dtype", "device", "device_map", "quantization")  # of a model; keys of `spec`
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class ResultStore:
         """Write, or replace, the result of a run. Raises OSError, or ValueError where a figure is no number."""
         write_json(self.path(spec), result.to_dict())
 
+    def remove(self, spec: RunSpec) -> None:
+        """Remove the result of a run, if there is one. Raises OSError."""
+        self.path(spec).unlink(missing_ok=True)
+
     def find(self, specs: Iterable[RunSpec]) -> Found:
         """Read what is there for these runs."""
         specs, results, problems = list(specs), [], []
@@ -81,13 +89,13 @@ class ResultStore:
         block = read_result(self.path(spec))
         if block["spec"] != _as_json(spec.to_dict()) or block.get("run_id") != spec.run_id:
             raise ValueError("not the result of the run that the file is named after")
-        unknown = sorted(block.keys() - {"schema_version", *(field.name for field in dataclasses.fields(RunResult))})
-        if unknown:
-            raise ValueError(f"a result has no {unknown[0]!r}")
+        problems = problems_of(block)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise ValueError(f"not a whole result: {problems[0]}{more}")
         result = RunResult(**{name: value for name, value in block.items() if name != "schema_version"})
-        fault = _fault(spec, result)
-        if fault:
-            raise ValueError(fault)
+        if result.ok and len(result.tokens["ids"]) != spec.batch_size:
+            raise ValueError(f"its tokens are {len(result.tokens['ids'])} rows of ids, not {spec.batch_size}")
         return result
 
     def count_others(self, specs: Iterable[RunSpec]) -> int:
@@ -97,27 +105,11 @@ class ResultStore:
 
     def remove_torn(self, specs: Iterable[RunSpec]) -> None:
         """Remove the temporary files of these runs, which a sweep leaves when it is killed while it writes one."""
-        for spec in specs:
-            for path in self.folder.glob(f".{self.path(spec).name}.*.tmp"):
+        own = {f".{self.path(spec).name}" for spec in specs}
+        for path in self.folder.glob(".*.tmp"):
+            name, _, _ = path.name.removesuffix(".tmp").rpartition(".")
+            if name in own:
                 path.unlink(missing_ok=True)
-
-
-def _fault(spec: RunSpec, result: RunResult) -> str | None:
-    """What a result lacks that the rest of a sweep and its report need."""
-    if not isinstance(result.status, str):
-        return "its status is no text"
-    if not result.ok:
-        return None if isinstance(result.error, str) else "its run failed, and it does not say why"
-    for name in ("timing", "quality", "tokens", "environment"):
-        if not isinstance(getattr(result, name), dict):
-            return f"it has no {name!r}"
-    if not isinstance(result.timing.get("n_tokens"), int) or "tpot_ms" not in result.timing:
-        return "its timing is incomplete"
-    rows = result.tokens.get("ids")
-    are_rows = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
-    if not are_rows or not all(type(token) is int for row in rows for token in row) or len(rows) != spec.batch_size:
-        return f"its tokens are not {spec.batch_size} rows of ids"
-    return None
 
 
 def _as_json(value: Any) -> Any:
@@ -132,9 +124,23 @@ def whole(results: Iterable[Result]) -> bool:
 
 def other_machine(one: RunResult, other: RunResult) -> list[str]:
     """In what two results' machines or programs differ, as `name: one -> other`; empty where nothing is known to."""
-    before, now = one.environment or {}, other.environment or {}
+    return _differing(one.environment, other.environment, SAME_MACHINE)
+
+
+def other_model(one: RunResult, other: RunResult) -> list[str]:
+    """The same of their models, of results for which the same model was asked (`model_asked_for`)."""
+    return _differing(one.model, other.model, SAME_MODEL)
+
+
+def model_asked_for(result: RunResult) -> tuple:
+    """The model of a result by its name and by how it was to be loaded."""
+    return tuple(result.spec[name] for name in ASKED_FOR)
+
+
+def _differing(one: dict[str, Any] | None, other: dict[str, Any] | None, names: Iterable[str]) -> list[str]:
+    before, now = one or {}, other or {}
     return [
         f"{name}: {before[name]} -> {now[name]}"
-        for name in SAME_MACHINE
+        for name in names
         if before.get(name) is not None and now.get(name) is not None and before[name] != now[name]
     ]

@@ -23,6 +23,7 @@ from typing import Any
 
 from planning import PlannedRun
 from registry import MODES
+from result_frame import is_finite, read_result
 from utils import environment
 
 MAX_BYTES_READ = 64 * 2**20  # of results, the newest first: half a second, and far more than a list leaves behind
@@ -151,18 +152,23 @@ def _earlier(folder: Path, wanted: set[str]) -> dict[str, Timed]:
         try:
             spec, key = result["spec"], _setting(result["spec"])
             seconds, context, is_first = result["duration_seconds"], spec["context_length"], spec["repetition"] == 0
-            usable = result["status"] == "ok" and isinstance(seconds, int | float) and isinstance(context, int)
+            is_timed = result["status"] == "ok" and _is_positive(seconds) and _is_positive(context)
+            usable = is_timed and key in wanted and _is_from(result, machine)
         except (KeyError, TypeError, AttributeError):  # no result of this program, or of another version of it
             continue
-        if usable and key in wanted and _is_from(result, machine):
+        if usable:
             one = timed.setdefault(key, Timed())
             (one.first if is_first else one.later).setdefault(context, []).append(seconds)
     return timed
 
 
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0 and is_finite(value)
+
+
 def _results(folder: Path) -> Iterable[Any]:
-    """The files of results in a folder as JSON, newest first, up to `MAX_BYTES_READ`. What is unreadable tells no time;
-    whoever reports on the folder says so."""
+    """The files of results in a folder newest first, up to `MAX_BYTES_READ`. What is unreadable tells no time; whoever
+    reports on the folder says so."""
     files = [(path.stat(), path) for mode in MODES for path in folder.glob(f"{mode}_*.json") if path.is_file()]
     left = MAX_BYTES_READ
     for status, path in sorted(files, key=lambda one: one[0].st_mtime, reverse=True):
@@ -170,7 +176,7 @@ def _results(folder: Path) -> Iterable[Any]:
         if left < 0:
             return
         try:
-            yield json.loads(path.read_text(encoding="utf-8"))
+            yield read_result(path)
         except (OSError, ValueError, RecursionError):
             continue
 

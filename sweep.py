@@ -10,19 +10,22 @@ and the sweep goes on; nothing already measured is lost. Ctrl-C ends the sweep a
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
-from jobs import QualityMeasurement, TimedRun, Watcher
+from jobs import Failure, QualityMeasurement, TimedRun, Watcher, moment
 from launchers import Launcher
 from metrics import RunResult, token_agreement
 from planning import PlannedRun
 from quality import needs_quality
-from result_store import ResultStore, other_machine, whole
+from result_store import ResultStore, model_asked_for, other_machine, other_model, whole
 from run_specs import RunSpec
+from utils import environment
 from workloads import TokenRows
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,8 @@ class Sweep:
         self._kept: dict[str, Kept] = {}  # by the run_id of the plan
         self._baselines = BaselineTokens()
         self._retry_failed = False
-        self._reused: list[RunResult] = []  # good ones, until their machine has been compared with this one
+        self._elsewhere: list[RunResult] = []  # good ones, until their machine has been compared with this one
+        self._same_model: list[RunResult] = []  # and until their model has been
 
     @property
     def results(self) -> list[RunResult]:
@@ -79,7 +83,7 @@ class Sweep:
             self.seconds += result.duration_seconds or 0.0
         for changed in [changed for kept in taken for changed in self._compare(*kept)]:
             self._write(*changed)
-        self._reused = [result for _, result in taken if result.ok]
+        self._elsewhere = self._same_model = [result for _, result in taken if result.ok]
         self.n_reused = len(taken)
         n_failed = sum(not whole([result.to_dict()]) for _, result in found.results)
         note = f"{len(taken)} of {len(self.specs)} runs have a result in {self.store.folder}"
@@ -139,6 +143,8 @@ class Sweep:
         jobs = {QualityMeasurement(spec): result for spec, result in kept if self._lacks_quality(spec, result)}
         for job, figures in self.launcher.perform(list(jobs), self.watcher):
             result = jobs[job]
+            if (fault := _no_json(figures)) is not None:  # its timed run is whole, and stays
+                figures = job.failed(Failure("error", f"measured, but not written: {fault}"))
             result.quality.pop("error", None)
             result.quality |= figures
             self._write(job.spec, result)
@@ -153,7 +159,8 @@ class Sweep:
     def _compare_and_write(self, new: Kept) -> None:
         """Compare a new result with its baseline, and with it those that have waited for it; write what has changed."""
         others = [kept for kept in self._compare(*new) if kept[1] is not new[1]]
-        for spec, result in (new, *others):
+        self._write(*new, is_new=True)
+        for spec, result in others:
             self._write(spec, result)
 
     def _compare(self, spec: RunSpec, result: RunResult) -> list[Kept]:
@@ -169,24 +176,56 @@ class Sweep:
                 )
         return changed
 
-    def _write(self, spec: RunSpec, result: RunResult) -> None:
+    def _write(self, spec: RunSpec, result: RunResult, is_new: bool = False) -> None:
+        """Write a result, or its failure's row, which it then becomes. What is left of a run that was made anew is
+        never the file of a former one, which would pass for it."""
         try:
-            self.store.write(spec, result)
-        except (OSError, ValueError) as error:  # a full disk, or a figure that is no number
+            try:
+                self.store.write(spec, result)
+            except (TypeError, ValueError) as error:  # a figure that is no number
+                log.exception("%s could not be written", spec.slug)
+                reason = f"measured, but not written: {error}"
+                row = TimedRun(spec).failed(Failure("error", reason, environment(), result.started_at or moment()))
+                vars(result).update(vars(row))
+                self.store.write(spec, result)
+        except (OSError, TypeError, ValueError) as error:  # a full disk
             log.exception("%s could not be written", spec.slug)
             result.status, result.error = "error", f"measured, but not written: {error}"
+            if is_new:
+                self._remove(spec)
+
+    def _remove(self, spec: RunSpec) -> None:
+        try:
+            self.store.remove(spec)
+        except OSError:
+            log.exception("%s: the file of a former run stays", spec.slug)
 
     def _say_if_elsewhere(self, result: RunResult) -> None:
-        """Where old results and new ones are of different machines or versions, their times do not compare."""
-        if result.ok and self._reused:
-            differing = [lines for lines in (other_machine(old, result) for old in self._reused) if lines]
-            if differing:
-                log.warning(
-                    "%d of the results found are of another machine or version, so times may not compare: %s",
-                    len(differing),
-                    "; ".join(differing[0]),
-                )
-            self._reused = []
+        """Where old results and new ones are of different machines, versions or models, they do not compare."""
+        if not result.ok:
+            return
+        _warn_of(self._elsewhere, result, other_machine, "machine or version, so times may not compare")
+        self._elsewhere = []
+        same = [old for old in self._same_model if model_asked_for(old) == model_asked_for(result)]
+        _warn_of(same, result, other_model, f"model that was called {result.spec['model_name']}, so nothing compares")
+        self._same_model = [old for old in self._same_model if model_asked_for(old) != model_asked_for(result)]
+
+
+def _warn_of(
+    old: Sequence[RunResult], new: RunResult, compare: Callable[[RunResult, RunResult], list[str]], what: str
+) -> None:
+    differing = [lines for lines in (compare(one, new) for one in old) if lines]
+    if differing:
+        log.warning("%d of the results found are of another %s: %s", len(differing), what, "; ".join(differing[0]))
+
+
+def _no_json(figures: Mapping[str, Any]) -> str | None:
+    """Why figures cannot be written, or None where they can."""
+    try:
+        json.dumps(figures, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 class BaselineTokens:
@@ -208,7 +247,7 @@ class BaselineTokens:
             comparable = [(spec, result)]
         elif spec.is_reference:
             self._tokens[key] = result.tokens["ids"]
-            comparable = self._waiting.pop(key, [])
+            comparable = [kept for kept in self._waiting.pop(key, []) if kept[1].ok]  # and was written
         else:
             self._waiting.setdefault(key, []).append((spec, result))
             comparable = []

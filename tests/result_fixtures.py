@@ -1,13 +1,17 @@
 """Made-up results for tests, easy to calculate with by hand. They are no measurements.
 
 `make_result` is one run, `make_failure` one that did not finish, `make_sweep` a small experiment of three strategies,
-`write_results` its folder.
+`write_results` its folder. They hold what reports read; `whole_result` is a run as the schema has it, with every block.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+from functools import cache
 from pathlib import Path
 
+from metrics import RunResult
 from utils import write_json
 
 PAGED = {
@@ -89,6 +93,28 @@ def make_result(mode="baseline", context=500, repetition=0, tpot_ms=100.0, ttft_
         },
         "steps": None if mode == "baseline" else [make_step(step) for step in range(n_tokens)],
     }
+
+
+@cache
+def _of_the_sample(mode):
+    folder = Path(__file__).parent.parent / "logs" / "sample"
+    return json.loads(min(folder.glob(f"{mode}_*.json")).read_text())
+
+
+def whole_result(spec, ids=((1, 2),), **blocks):
+    """The result of a `RunSpec` with every block, all but the spec and the tokens from the sample of that mode.
+
+    Of the blocks given, dicts are laid over the sample's.
+    """
+    result = copy.deepcopy(_of_the_sample(spec.mode))
+    del result["schema_version"]
+    result |= {"spec": spec.to_dict(), "run_id": spec.run_id}
+    result["timing"] |= {"n_tokens": len(ids[0]), "tpot_ms": 1.0}
+    result["tokens"] = {"sha256": "0" * 64, "ids": [list(row) for row in ids], "text": None}
+    result["quality"] = {"exact": spec.exact, "matches_baseline": None, "first_divergent_token": None}
+    for name, block in blocks.items():
+        result[name] = {**result[name], **block} if isinstance(block, dict) else block
+    return RunResult(**result)
 
 
 def make_cache(n_steps):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from launchers import LocalLauncher, make_launcher
 from planning import PlannedRun
 from progress import Silent
 from registry import LAUNCHERS
+from result_schema import check
 from result_store import ResultStore
 from run_specs import expand
 from sweep import Sweep
@@ -129,6 +132,7 @@ def test_a_crash_ends_its_own_run_only(launcher_of, name, tmp_path):
         assert "3 workers died of it: WorkerCrashedError" in rows["Killed"].error
         assert len(rows["Killed"].environment["retries"]) == 3
     assert sorted(watcher.finished_runs) == sorted(rows)
+    assert list(check(tmp_path)) == []
     again = Sweep(planned, ResultStore(tmp_path), LocalLauncher(), Notes())
     again.resume()
     assert {result.spec["name"]: result.status for result in again.results} == {
@@ -169,6 +173,61 @@ def test_ray_gives_a_run_the_cores_of_the_smallest_machine_unless_asked(launcher
     assert launcher._share(replace(spec, device="auto", device_map="auto")) == {"num_gpus": 4, "num_cpus": 32}
 
 
+class FakeRay(types.SimpleNamespace):
+    """Stands for the library: a cluster of two machines, whose tasks all end in an error of the given message."""
+
+    def __init__(self, message=""):
+        super().__init__(closed=0, exceptions=types.SimpleNamespace(), message=message)
+        for name in ("OutOfMemoryError", "WorkerCrashedError", "NodeDiedError", "ObjectLostError"):
+            setattr(self.exceptions, name, type(name, (Exception,), {}))
+
+    def init(self, **options):
+        pass
+
+    def nodes(self):
+        return [
+            {"Alive": alive, "Resources": {"CPU": cores}} for alive, cores in ((True, 2.0), (True, 8.0), (False, 64))
+        ]
+
+    def remote(self, **options):
+        submit = types.SimpleNamespace(remote=lambda *given: "a task")
+        return lambda function: types.SimpleNamespace(options=lambda **share: submit)
+
+    def wait(self, tasks, num_returns):
+        return tasks[:1], tasks[1:]
+
+    def get(self, task):
+        raise RuntimeError(self.message)
+
+    def shutdown(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize(
+    ("cpus", "message"),
+    [
+        (0, "--ray-cpus 0: a run takes at least 1 core"),
+        (-3, "--ray-cpus -3: a run takes at least 1 core"),
+        (9, "--ray-cpus 9: the largest machine of the cluster has 8 cores; ask for no more"),
+    ],
+)
+def test_more_cores_than_any_machine_has_are_refused_instead_of_waited_for(monkeypatch, cpus, message):
+    ray = FakeRay()
+    monkeypatch.setitem(os.sys.modules, "ray", ray)
+    with pytest.raises(ValueError, match=message):
+        make_launcher("ray", cpus=cpus)
+    assert ray.closed == (cpus > 0)  # a cluster that was started is ended
+    assert make_launcher("ray", cpus=8).cpus == 8
+
+
+@pytest.mark.parametrize(("message", "said"), [("", "RuntimeError"), ("Traceback\n  the last line\n", "the last line")])
+def test_an_error_of_ray_without_a_message_is_a_row_that_names_its_kind(monkeypatch, message, said):
+    monkeypatch.setitem(os.sys.modules, "ray", FakeRay(message))
+    (spec,) = specs_of(("baseline", {}))
+    ((_, row),) = make_launcher("ray").perform([TimedRun(spec)], Silent())
+    assert (row.status, row.error.strip()) == ("error", said)
+
+
 def test_ray_that_is_not_installed_is_said_with_the_remedy(monkeypatch):
     monkeypatch.setitem(os.sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install -e '\.\[cluster\]'"):
@@ -200,6 +259,26 @@ def test_a_process_that_begins_in_the_midst_of_the_repetitions_warms_up_and_one_
     worker.close()
     assert worker.do(TimedRun(first), Silent()).ok
     assert generated == [4, 4, 6, 6, 4, 4, 6]
+
+
+def test_a_warm_up_counts_in_the_duration_of_whichever_repetition_makes_it(monkeypatch):
+    import generation
+
+    original = generation.generate
+
+    def slow(spec, *given, **how):
+        time.sleep(0.25)
+        return original(spec, *given, **how)
+
+    monkeypatch.setattr("generation.generate", slow)
+    first, second, third = specs_of(("baseline", {}), num_runs=3, warmup_runs=2)
+    worker = Worker()
+    cold_second, warm_third = (worker.do(TimedRun(spec), Silent()) for spec in (second, third))
+    worker.close()
+    cold_first = worker.do(TimedRun(first), Silent())
+    for cold in (cold_first, cold_second):
+        assert cold.duration_seconds > 0.75  # two warm-ups and the run
+    assert 0.25 < warm_third.duration_seconds < 0.75
 
 
 def recording_generate(generated):

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
+import random
+import statistics
 import sys
+import time
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 import progress
 from config_schema import MODE_CLASSES
@@ -312,3 +317,94 @@ def test_quiet_shows_nothing_on_any_stream(capsys):
         watcher.token(1)
         watcher.finished(finished_run(spec))
     assert capsys.readouterr() == ("", "")
+
+
+# --- long lists -------------------------------------------------------------------------------------------------------
+
+
+def naive_left(to_come, finished):
+    """The estimate from its definition: for each run to come the means of what is nearest among the finished."""
+    seconds, rough, missing = 0.0, False, False
+    for spec in to_come:
+        cell = (spec.model_name, spec.name, spec.requested_context_length)
+        near = next(
+            (ends for depth in (3, 2, 1) if (ends := [e for e in finished if e[0][:depth] == cell[:depth]])), []
+        )
+        if not near:
+            missing = True
+            continue
+        warmups = spec.warmup_runs if spec.repetition == 0 else 0
+        if near[0][0] == cell:
+            seconds += sum((1 + warmups) * ttft_ms + 10 * tpot_ms for _, ttft_ms, tpot_ms in near) / len(near) / 1000
+            continue
+        rough = True
+        prefill = sum(ttft_ms / known[2] for known, ttft_ms, _ in near) / len(near)
+        decode = sum(tpot_ms for _, _, tpot_ms in near) / len(near)
+        seconds += ((1 + warmups) * spec.context_length * prefill + (spec.max_new_tokens - 1) * decode) / 1000
+    return seconds, rough, missing
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_estimate_that_is_kept_up_to_date_is_the_one_made_anew(seed):
+    chance = random.Random(seed)
+    entries = [
+        (mode, {"name": f"{mode}{number}", "model_name": model, "warmup_runs": number})
+        for mode in ("baseline", "reactive")
+        for number in range(2)
+        for model in (TINY, OTHER)
+    ]
+    specs = specs_of(*entries, context_lengths=[100, 200], num_runs=3)
+    chance.shuffle(specs)
+    pace, finished = Pace(specs), []
+
+    def end(spec):
+        ttft_ms, tpot_ms = chance.uniform(1, 1e4), chance.uniform(1, 1e3)
+        if chance.random() < 0.2:
+            return finished_run(spec, status="error")
+        finished.append(((spec.model_name, spec.name, spec.requested_context_length), ttft_ms, tpot_ms))
+        return finished_run(spec, ttft_ms, tpot_ms)
+
+    pace.resumed([end(spec) for spec in specs[:7]])
+    for place, spec in enumerate(specs[7:], 8):
+        if chance.random() < 0.8:  # the others could not even begin
+            pace.started(spec)
+        pace.finished(end(spec))
+        seconds, rough, missing = naive_left(specs[place:], finished)
+        left = pace.left()
+        assert (left.rough, left.missing) == (rough, missing)
+        assert left.seconds == pytest.approx(seconds)
+
+
+def test_ten_thousand_strategies_are_resumed_at_once_and_followed_without_delay():
+    (spec,) = specs_of(("baseline", {}))
+    specs = [replace(spec, name=f"strategy {number}") for number in range(10_000)]
+    results = [finished_run(one) for one in specs[:5_000]]
+    started = time.perf_counter()
+    pace = Pace(specs)
+    pace.resumed(results)
+    assert time.perf_counter() - started < 1.0
+    assert pace.left() == TimeLeft(pytest.approx(10_000.0), rough=True)
+    steps = []
+    for one in specs[5_000:5_020]:
+        for step, given in ((pace.started, one), (pace.finished, finished_run(one))):
+            started = time.perf_counter()
+            step(given)
+            steps.append(time.perf_counter() - started)
+    assert statistics.median(steps) < 0.005
+    assert pace.left().seconds == pytest.approx(2 * 4_980)
+
+
+def test_a_watcher_tells_its_pace_of_resumed_runs_all_at_once(monkeypatch):
+    specs = specs_of(("baseline", {}), num_runs=3)
+    sums = []
+    watchers = [Lines(specs), Bar(specs, Console(file=io.StringIO()))]
+    monkeypatch.setattr(Pace, "_sum", lambda self: sums.append(self) or TimeLeft())
+    for watcher in watchers:
+        watcher.resumed([finished_run(spec) for spec in specs], "three are there")
+        assert watcher.n_finished == 3
+    assert sums == [watcher.pace for watcher in watchers]
+
+
+def test_a_failure_without_a_word_is_a_line_too():
+    (spec,) = specs_of(("baseline", {}))
+    assert outcome(finished_run(spec, status="crashed", error="")) == "baseline, 100 tokens, run 1: crashed: "

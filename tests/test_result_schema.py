@@ -10,13 +10,17 @@ from pathlib import Path
 import jsonschema
 import pytest
 from conftest import TINY_LLAMA
+from test_launchers import policy, specs_of
 
 import result_blocks
 import result_schema
 from cache_settings import Paging, PrefetchSpec
 from experiments import load_experiments
 from generation import failed_run
+from jobs import TimedRun
 from metrics import RunResult, Timing
+from process_launcher import ProcessLauncher
+from progress import Silent
 from recorder import StepRecord
 from registry import MODES
 from result_schema import problems_of
@@ -163,6 +167,13 @@ def test_a_value_that_cannot_be_is_refused(results, path, value, said):
     block, key = parent_of(broken, path)
     block[int(key) if isinstance(block, list) else key] = value
     assert any(line.startswith(f"{path}") and said in line for line in problems_of(broken)), problems_of(broken)
+
+
+def test_the_row_of_a_run_whose_process_was_killed_is_a_result():
+    (spec,) = specs_of(policy("Killed"))
+    ((_, row),) = ProcessLauncher().perform([TimedRun(spec)], Silent())
+    assert row.status == "crashed"
+    assert problems_of(json.loads(json.dumps(row.to_dict()))) == []
 
 
 def test_a_failed_run_has_a_reason_and_a_finished_one_has_none(results):

@@ -6,10 +6,11 @@ import dataclasses
 import json
 
 import pytest
+from result_fixtures import whole_result
 
 from config_schema import MODE_CLASSES
-from metrics import RunResult
-from result_store import ResultStore, other_machine, whole
+from jobs import Failure, TimedRun
+from result_store import ResultStore, other_machine, other_model, whole
 from run_specs import expand
 
 
@@ -24,20 +25,19 @@ SPEC = spec_of()
 
 
 def good(spec=SPEC, **blocks):
-    measured = {
-        "timing": {"n_tokens": 2, "tpot_ms": 1.5},
-        "tokens": {"ids": [[1, 2]]},
-        "quality": {"exact": True, "matches_baseline": None, "first_divergent_token": None},
-        "environment": {"cpu": "a"},
-    }
-    return RunResult(spec=spec.to_dict(), run_id=spec.run_id, **measured | blocks)
+    result = whole_result(spec, environment={"cpu": "a"})
+    return dataclasses.replace(result, **blocks)
+
+
+def failed(spec, status):
+    return TimedRun(spec).failed(Failure(status, "killed"))
 
 
 @pytest.mark.parametrize(
     "result",
     [
         good(),
-        RunResult(spec=SPEC.to_dict(), run_id=SPEC.run_id, status="crashed", error="killed"),
+        failed(SPEC, "crashed"),
     ],
     ids=["good", "failed"],
 )
@@ -70,15 +70,19 @@ BROKEN = {
     "another run's": (json.dumps(good(spec_of(seed=7)).to_dict()), "not the result of the run"),
     "edited": (changed(spec={**SPEC.to_dict(), "seed": 7}), "not the result of the run"),
     "another id": (changed(run_id="0" * 12), "not the result of the run"),
-    "another program's": (changed(colour="red"), "a result has no 'colour'"),
-    "no status": (changed(status=None), "its status is no text"),
-    "failed without a reason": (changed(status="error"), "does not say why"),
-    "no timing": (changed(timing=None), "it has no 'timing'"),
-    "half a timing": (changed(timing={"n_tokens": 2}), "timing is incomplete"),
-    "no quality": (changed(quality="good"), "it has no 'quality'"),
-    "no tokens": (changed(tokens={"ids": None}), "not 1 rows of ids"),
-    "tokens of a larger batch": (changed(tokens={"ids": [[1], [2]]}), "not 1 rows of ids"),
-    "tokens that are none": (changed(tokens={"ids": [[1, True]]}), "not 1 rows of ids"),
+    "another program's": (changed(colour="red"), "colour: Extra inputs"),
+    "no status": (changed(status=None), "not a whole result: status: "),
+    "failed without a reason": (changed(status="error"), "not a whole result: error: "),
+    "no timing": (changed(timing=None), "not a whole result: timing: "),
+    "half a timing": (changed(timing={"n_tokens": 2}), "timing.batch_size: Field required .and "),
+    "a number as text": (changed(timing={**good().timing, "ttft_ms": "12"}), "timing.ttft_ms: Input should be a valid"),
+    "no quality": (changed(quality="good"), "not a whole result: quality: "),
+    "no tokens": (changed(tokens={**good().tokens, "ids": None}), "tokens.ids: "),
+    "tokens of a larger batch": (
+        changed(tokens={**good().tokens, "ids": [[1], [2]]}),
+        "its tokens are 2 rows of ids, not 1",
+    ),
+    "tokens that are none": (changed(tokens={**good().tokens, "ids": [[1, True]]}), "tokens.ids.0.1: "),
 }
 
 
@@ -136,3 +140,25 @@ def test_other_machines_are_told_by_what_is_known_of_both():
     assert other_machine(good(), good(environment={"cpu": "b"})) == ["cpu: a -> b"]
     assert other_machine(good(), good(environment={"cpu": None, "gpus": []})) == []
     assert other_machine(good(environment=None), good()) == []
+
+
+def test_a_commit_with_changes_is_another_program_than_the_commit():
+    clean, dirty = ({"git_commit": "abc", "git_dirty": is_dirty} for is_dirty in (False, True))
+    assert other_machine(good(environment=clean), good(environment=dirty)) == ["git_dirty: False -> True"]
+
+
+def test_other_models_are_told_by_what_was_loaded():
+    model = good().model
+    assert other_model(good(), good()) == []
+    assert other_model(good(), good(model={**model, "weight_bytes": 7})) == [
+        f"weight_bytes: {model['weight_bytes']} -> 7"
+    ]
+
+
+def test_torn_files_of_a_long_list_are_looked_for_once(tmp_path, monkeypatch):
+    specs = [spec_of(seed=seed) for seed in range(20)]
+    (tmp_path / f".{specs[7].slug}.json.abc.tmp").touch()
+    globs, original = [], type(tmp_path).glob
+    monkeypatch.setattr(type(tmp_path), "glob", lambda self, pattern: globs.append(pattern) or original(self, pattern))
+    ResultStore(tmp_path).remove_torn(specs)
+    assert (len(globs), list(tmp_path.iterdir())) == (1, [])

@@ -35,7 +35,7 @@ def keep(tmp_path):
     def write(runs, seconds, **blocks):
         for run in runs:
             own = seconds(run.spec) if callable(seconds) else seconds
-            result = {"spec": run.spec.to_dict(), "status": "ok", "duration_seconds": own}
+            result = {"schema_version": 1, "spec": run.spec.to_dict(), "status": "ok", "duration_seconds": own}
             result |= {"environment": environment(), "model": {"device": "cpu"}} | blocks
             (tmp_path / f"{run.spec.slug}.json").write_text(json.dumps(result))
         return tmp_path
@@ -89,6 +89,13 @@ def test_what_changes_the_work_makes_it_another_setting(keep, other):
         {"environment": {**environment(), "cpu_count": 512}},
         {"environment": {**environment(), "cpu": None}},
         {"environment": None},
+        {"environment": "x"},
+        {"environment": {**environment(), "gpus": [["one"]]}, "model": {"device": "cuda:0"}},
+        {"model": "x"},
+        {"duration_seconds": float("nan")},
+        {"duration_seconds": 10**400},
+        {"duration_seconds": "7"},
+        {"schema_version": 99},
         {"environment": {**environment(), "gpus": ["another"]}, "model": {"device": "cuda:0"}},
         {"spec": None},
     ],

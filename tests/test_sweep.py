@@ -9,14 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from result_fixtures import whole_result
 
 import jobs as jobs_module
 import result_store
 from config_schema import MODE_CLASSES
 from launchers import LocalLauncher
-from metrics import RunResult
 from models import ModelUnavailable
 from planning import PlannedRun
+from result_schema import problems_of
 from result_store import ResultStore
 from run_specs import expand
 from sweep import Sweep
@@ -88,15 +89,7 @@ def swept(monkeypatch, tmp_path):
             if on_token is not None:
                 for n_tokens in range(1, len(ids[0]) + 1):
                     on_token(n_tokens, None)
-            return RunResult(
-                spec=spec.to_dict(),
-                run_id=spec.run_id,
-                duration_seconds=100.0,
-                environment={"cpu": "this one"},
-                timing={"n_tokens": len(ids[0]), "tpot_ms": 1.0},
-                tokens={"ids": ids},
-                quality={"exact": spec.exact, **NOT_COMPARED},
-            )
+            return whole_result(spec, ids, duration_seconds=100.0, environment={"cpu": "this one"})
 
         monkeypatch.setattr(jobs_module, "load_model", load)
         monkeypatch.setattr(jobs_module, "MODES", SimpleNamespace(load=lambda mode: run))
@@ -389,7 +382,7 @@ def test_old_and_new_results_of_different_machines_are_warned_of(swept, tmp_path
     swept(runs[:1], Made())
     (path,) = tmp_path.glob("baseline_*.json")
     block = json.loads(path.read_text())
-    path.write_text(json.dumps(block | {"environment": {"cpu": "another one"}}))
+    path.write_text(json.dumps(block | {"environment": {**block["environment"], "cpu": "another one"}}))
     swept(runs, Made(), retry_failed=False)
     (warning,) = [record.getMessage() for record in caplog.records if "another machine" in record.getMessage()]
     assert warning.startswith("1 of the results found are of another machine or version")
@@ -428,3 +421,62 @@ def test_a_result_that_cannot_be_written_is_a_row_and_the_others_go_on(swept, mo
     assert statuses(sweep) == {"baseline": "ok", "reactive": "error", "predictive": "ok"}
     assert sweep.results[1].error == "measured, but not written: no space left on device"
     assert written == ["baseline", "predictive"]
+
+
+def test_a_figure_that_is_no_number_leaves_a_row_on_disk_in_place_of_a_former_result(swept, monkeypatch, tmp_path):
+    monkeypatch.setattr(f"{__name__}.LocalLauncher", Backwards)  # so that it waits for the baseline to be compared
+    runs = planned(*THREE[:2])
+    swept(runs, tokens)
+    original = whole_result
+
+    def spoilt(spec, *given, **blocks):
+        result = original(spec, *given, **blocks)
+        if spec.mode == "reactive":
+            result.timing["tpot_ms"] = float("nan")
+        return result
+
+    monkeypatch.setattr(f"{__name__}.whole_result", spoilt)
+    sweep, _ = swept(runs, tokens)
+    assert statuses(sweep) == {"reactive": "error", "baseline": "ok"}
+    (path,) = tmp_path.glob("reactive_*.json")
+    row = json.loads(path.read_text())
+    assert row["status"] == "error" and row["error"].startswith("measured, but not written: Out of range float")
+    assert problems_of(row) == []
+    assert sweep.results[1].to_dict() == row
+
+
+def test_quality_that_is_no_number_is_a_failed_measurement_and_its_run_stays(swept, monkeypatch, tmp_path):
+    monkeypatch.setattr(jobs_module, "quality_figures", lambda spec, model: {"fidelity": {"kl_mean": float("nan")}})
+    swept(planned(("baseline", {"quality": {"fidelity_tokens": 4}})), tokens)
+    (path,) = tmp_path.glob("*.json")
+    written = json.loads(path.read_text())
+    assert (written["status"], written["timing"]["tpot_ms"], written["quality"]["fidelity"]) == ("ok", 1.0, None)
+    assert written["quality"]["error"].startswith("error: measured, but not written: Out of range float")
+
+
+def test_on_a_full_disk_the_file_of_a_former_run_does_not_pass_for_the_new_one(swept, monkeypatch, tmp_path):
+    runs = planned(*THREE)
+    swept(runs, tokens)
+
+    def full_disk(path, value):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(result_store, "write_json", full_disk)
+    swept(runs, tokens)
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def test_results_of_a_model_whose_path_holds_another_by_now_are_warned_of(swept, tmp_path, caplog):
+    two = {"num_runs": 2}
+    runs = planned(("baseline", two), ("baseline", two | {"name": "other", "model_name": "other"}))
+    swept(runs, tokens)
+    for path in tmp_path.glob("*_run1_*.json"):
+        path.unlink()
+    for path in tmp_path.glob("*_run0_*.json"):
+        block = json.loads(path.read_text())
+        if block["spec"]["model_name"] == "other":
+            path.write_text(json.dumps(block | {"model": {**block["model"], "n_parameters": 5}}))
+    swept(runs, tokens, retry_failed=False)
+    (warning,) = [record.getMessage() for record in caplog.records if "another model" in record.getMessage()]
+    assert warning.startswith("1 of the results found are of another model that was called other, so nothing compares")
+    assert warning.endswith("n_parameters: 5 -> 134515008")
