@@ -24,9 +24,11 @@ class Launcher(Protocol):
     Attributes:
         by_model: whether it is to be given the jobs of one model at a time, so that those share a loaded model; else it
             gets all that can be done at once.
+        name: which launcher it was, for the results.
     """
 
     by_model: bool
+    name: str
 
     def perform(self, jobs: Sequence[Job], watcher: Watcher) -> Iterator[tuple[Job, Any]]:
         """Do the jobs and give each back with its outcome as soon as that is there."""
@@ -39,6 +41,7 @@ class LocalLauncher:
     """In this process, one after another; a model stays loaded for all its runs and is freed before the next."""
 
     by_model = True
+    name = "local"
 
     def __init__(self) -> None:
         self._worker = Worker()

@@ -36,6 +36,7 @@ class ProcessLauncher:
     """One job after another, each in a new process."""
 
     by_model = True
+    name = "process"
 
     def __init__(self) -> None:
         self._process: BaseProcess | None = None

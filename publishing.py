@@ -8,6 +8,7 @@ exports.py, report_html.py.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from exports import write_exports
 from plot_list import save_all_plots
 from report_html import write_report
 from reporting import load_results, print_tables, task_scores, to_frame, write_summary
-from result_frame import Result, number_at
+from result_frame import Result, number_at, text_at
 from result_store import whole
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def publish(
         save_all_plots(blocks, folder, plot_formats)
     write_exports(blocks, frame, folder)
     report = write_report(blocks, frame, summary, folder, plots=bool(plot_formats))
+    for reason, n_runs in Counter(filter(None, (text_at(block, "quality.error") for block in blocks))).items():
+        print(
+            f"quality of {n_runs} run{'s' if n_runs > 1 else ''}, which counts as a failure: {reason}", file=sys.stderr
+        )
     console.print(f"results: {folder}, summary: {folder / 'experiment_summary.json'}, report: {report}", soft_wrap=True)
 
 

@@ -49,6 +49,7 @@ class RayLauncher:
     """
 
     by_model = False
+    name = "ray"
 
     def __init__(self, address: str | None = None, cpus: int | None = None):
         here_only = address is None and "RAY_ADDRESS" not in os.environ

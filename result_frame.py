@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metrics import ITL_PERCENTILES, SCHEMA_VERSION, percent, percentile, ratio
-from registry import MODES
+from registry import MODES, choice_text
 
 if TYPE_CHECKING:  # takes long to import, and whoever only asks for help should not wait for it
     import pandas as pd
@@ -110,6 +110,12 @@ _TEXT = {
     "quality_error": "quality.error",
     "quality_reference": "quality.fidelity.reference",
 }
+# What a config names, with its parameters; or a number that only some strategies have.
+_CHOICES = {
+    "policy": "spec.paging.policy",
+    "selector": "spec.paging.selector",
+    "predictor": "spec.prefetch.predictor",
+}
 _COUNTS = {
     "repetition": "spec.repetition",
     "seed": "spec.seed",
@@ -121,6 +127,8 @@ _COUNTS = {
     "n_pages": "cache.n_pages",
     "attended_pages": "cache.attended_pages",
     "max_gpu_pages": "spec.paging.max_gpu_pages",
+    "staging_pages": "spec.paging.staging_pages",
+    "attention_pages": "spec.paging.attention_pages",
     "prefetch_k": "spec.prefetch.prefetch_k",
     "prefetch_issued": "prefetch.issued",
     "prefetch_useful": "prefetch.useful",
@@ -133,6 +141,8 @@ _COUNTS = {
     "first_divergent_token": "quality.first_divergent_token",
 }
 _NUMBERS = {
+    "attention_fraction": "spec.paging.attention_fraction",
+    "link_gb_s": "cache.link.bandwidth_gb_s",
     "ttft_ms": "timing.ttft_ms",
     "tpot_ms": "timing.tpot_ms",
     "e2e_ms": "timing.e2e_ms",
@@ -223,6 +233,7 @@ def to_frame(results: Iterable[Result]) -> pd.DataFrame:
         columns[name] = pd.array([read(result) for result in results], dtype=dtype)
     for paths, read_at, dtype in (
         (_TEXT, text_at, "string"),
+        (_CHOICES, _choice_at, "string"),
         (_COUNTS, count_at, "Int64"),
         (_NUMBERS, number_at, "Float64"),
         (_BYTES, _megabytes, "Float64"),
@@ -320,7 +331,7 @@ def _describe_machine(result: Result) -> str | None:
     if isinstance(gpus, list) and gpus and not device.startswith("cpu"):
         return " + ".join(map(str, gpus))
     cpu, threads = text_at(result, "environment.cpu"), count_at(result, "environment.torch_threads")
-    return f"{cpu}, {threads} threads" if cpu and threads else cpu
+    return f"{cpu}, {threads} thread{'s' if threads > 1 else ''}" if cpu and threads else cpu
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -339,6 +350,13 @@ def text_at(result: Result, path: str) -> str | None:
     value = dig(result, path)
     is_no_number = isinstance(value, float) and not is_finite(value)
     return None if value is None or is_no_number else str(value)
+
+
+def _choice_at(result: Result, path: str) -> str | None:
+    """`lru`, or `s3fifo (small_fraction=0.2)`."""
+    choice = dig(result, path)
+    named = isinstance(choice, str) or (isinstance(choice, Mapping) and "name" in choice)
+    return choice_text(choice) if named else None
 
 
 def number_at(result: Result, path: str) -> float | None:

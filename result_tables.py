@@ -252,7 +252,7 @@ def strategy_table(frame: pd.DataFrame) -> Table:
         f"{describe_setting(frame)}\n"
         "Over all contexts, std between repetitions. Speed-up: latency of"
         f" {_reference_names(frame)} / latency, in pairs of runs made side by side: median of each context, geometric"
-        f" mean over contexts, 95 % interval beneath.{_verdict_note(rows, by_context=False)}{_wide_note(frame)}"
+        f" mean over contexts, with its 95 % interval.{_verdict_note(rows, by_context=False)}{_wide_note(frame)}"
         f"{_coverage_note(frame)}{caveats(frame)}",
     )
 
@@ -265,7 +265,7 @@ def context_table(frame: pd.DataFrame) -> Table:
         (*columns, "stall\n%", "hit\nrate %"),
         rows,
         f"Speed-up: of decode, latency of {_reference_names(frame)} / latency, median of the pairs of runs made side by"
-        f" side; 95 % intervals beneath.{_verdict_note(rows, by_context=True)} Gain: of tokens/s, prefill included,"
+        f" side; with 95 % intervals.{_verdict_note(rows, by_context=True)} Gain: of tokens/s, prefill included,"
         f" from medians. Prefill and the last columns: means.{_wide_note(frame)}{_clamp_note(frame)}{caveats(frame)}",
     )
 

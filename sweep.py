@@ -132,6 +132,8 @@ class Sweep:
     def _make_runs(self, specs: Sequence[RunSpec]) -> None:
         for job, result in self.launcher.perform([TimedRun(spec) for spec in specs], self.watcher):
             made = replace(job.spec, context_length=result.spec["context_length"])  # clamped only when it was loaded
+            if result.environment is not None:
+                result.environment["launcher"] = self.launcher.name
             self._kept[job.spec.run_id] = (made, result)
             self._compare_and_write((made, result))
             self._say_if_elsewhere(result)

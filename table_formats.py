@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from html_text import printable
-from text_tables import TEXT_HEADINGS, Table
+from text_tables import TEXT_HEADINGS, Table, with_brackets
 
 # --- Markdown -----------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ def to_latex(table: Table) -> str:
     places = [table.headings.index(heading) for heading in table.sections if heading in table.headings]
     for number, (_, section) in enumerate(groupby(table.rows, key=lambda row: [row[place] for place in places])):
         lines += [r"\addlinespace"] if number and places else []
-        lines += [" & ".join(map(latex_text, row)) + r" \\" for row in section]
+        lines += [" & ".join(latex_text(with_brackets(cell)) for cell in row) + r" \\" for row in section]
     lines.append(r"\end{longtable}")
     notes = [rf"\noindent {latex_text(note)}\par" for note in table.caption.split("\n") if note.strip()]
     return "\n".join([*lines, *notes])

@@ -7,6 +7,7 @@ only words may wrap: a number that was cut would still look like a number.
 from __future__ import annotations
 
 import dataclasses
+import re
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +81,13 @@ class Table:
         return table
 
 
+def with_brackets(text: str) -> str:
+    """A cell on one line: `0.63 [0.62-0.64]` of a figure with its interval beneath it."""
+    return re.sub(r"\n(\S*\d-[>\d]\S*)$", r" [\1]", text)
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return " ".join(with_brackets(text).replace("|", "\\|").split())
 
 
 def number_text(value: float | None) -> str:

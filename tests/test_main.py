@@ -609,3 +609,10 @@ def test_a_part_that_cannot_be_made_fails_its_run_with_the_reason(tmp_path):
     assert failed.code == 1
     assert "ways=8 is no power of three" in failed.of("reactive")[0]["error"]
     assert failed.of("baseline")[0]["status"] == "ok"
+
+
+def test_quality_that_could_not_be_measured_is_said_with_its_reason(tmp_path):
+    experiments = [{"mode": "baseline", "quality": {"tasks": ["passkey"], "fidelity_tokens": 0}}]
+    ended = ran(tmp_path, experiments=experiments)
+    assert ended.code == 1
+    assert "quality of 1 run, which counts as a failure: passkey at" in ended.err

@@ -169,3 +169,13 @@ def test_a_policy_with_parameters_is_told_from_the_plain_one():
 def test_context_repetition_and_seed_do_not_split_a_strategy():
     results = [make_result(context=c, repetition=r, seed=r) for c in (1, 2) for r in (0, 1)]
     assert set(strategy_labels(results)) == {"baseline"}
+
+
+def test_what_a_run_was_set_to_has_columns_of_its_own():
+    result = make_result("predictive")
+    result["spec"]["paging"] |= {"policy": {"name": "s3fifo", "small_fraction": 0.2}, "selector": "quest"}
+    result["spec"]["paging"] |= {"attention_fraction": 0.25, "staging_pages": 6}
+    row = to_frame([result]).iloc[0]
+    assert (row["policy"], row["selector"]) == ("s3fifo (small_fraction=0.2)", "quest")
+    assert (row["predictor"], row["attention_fraction"], row["staging_pages"]) == ("layer_ahead", 0.25, 6)
+    assert to_frame([make_result()]).iloc[0][["policy", "predictor", "link_gb_s"]].isna().all()

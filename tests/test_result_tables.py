@@ -289,7 +289,7 @@ def test_a_number_just_below_zero_is_not_minus_zero():
 def test_markdown_holds_the_same_rows_and_survives_pipes_and_line_breaks():
     results = [*make_sweep((500,)), make_failure(make_result("reactive", repetition=5), error="a | b\nc")]
     markdown = markdown_tables(to_frame(results))
-    assert "| predictive | 3 | 51.0 ± 1.0 | 1.98 1.96-2.00 |" in markdown
+    assert "| predictive | 3 | 51.0 ± 1.0 | 1.98 [1.96-2.00] |" in markdown
     assert "| reactive | 500 | out_of_memory | a \\| b c |" in markdown
     assert "speed-up x" in markdown
 
