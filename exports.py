@@ -18,18 +18,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from quality_frame import task_scores
 from result_frame import Result, context_tokens, count_at, dig, is_finite, load_results, strategy_labels, to_frame
 from result_tables import tables
 from table_formats import latex_document, to_markdown
+from utils import whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +57,8 @@ def write_exports(results: Sequence[Result], frame: pd.DataFrame, folder: str | 
         if lines is None:
             path.unlink(missing_ok=True)
             continue
-        with _whole_file(path) as file:
+        # What no UTF-8 can hold, half a character in somebody's error message, becomes a question mark.
+        with whole_file(path, errors="replace") as file:
             file.writelines(lines)
         written.append(path)
     return written
@@ -98,22 +97,6 @@ def _strict(value: Any) -> Any:
 def _after(first: str, others: Iterable[str]) -> Iterator[str]:
     yield first
     yield from others
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[TextIO]:
-    """A file to write line by line, which is there once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        # What no UTF-8 can hold, half a character in somebody's error message, becomes a question mark.
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace", newline="\n") as file:
-            yield file
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:

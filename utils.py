@@ -16,21 +16,29 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 PROJECT_FOLDER = Path(__file__).resolve().parent
 REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy", "pydantic")
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that the file is never seen half written. Parent folders are made."""
+@contextmanager
+def whole_file(path: Path, errors: str = "strict") -> Iterator[TextIO]:
+    """A file to write piece by piece, which is at `path` once it is whole, and never seen half written. Parent folders
+    are made.
+
+    Args:
+        errors: what becomes of what UTF-8 cannot hold, as for `open`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors=errors, newline="\n") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -38,6 +46,12 @@ def atomic_write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that the file is never seen half written. Parent folders are made."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:
