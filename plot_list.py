@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,8 +133,11 @@ PLOTS = (
 )
 
 
-def drawn(results: Sequence[Result]) -> Iterator[tuple[Plot, Figure]]:
+def drawn(results: Sequence[Result], makers: Mapping[str, Maker] | None = None) -> Iterator[tuple[Plot, Figure]]:
     """Every plot that these results have something for, with its figure, in the order of the list.
+
+    Args:
+        makers: by name of the plot, to draw it in another form.
 
     Plots that cannot be read with so many strategies are left out, and a warning says so.
     """
@@ -144,7 +147,7 @@ def drawn(results: Sequence[Result]) -> Iterator[tuple[Plot, Figure]]:
         if n_strategies > plot.most_strategies:
             log.warning("%s is not drawn: it has room for %d strategies", plot.name, plot.most_strategies)
             continue
-        figure = plot.make(frame, results)
+        figure = (makers or {}).get(plot.name, plot.make)(frame, results)
         if figure is not None:
             yield plot, figure
 

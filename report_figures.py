@@ -51,15 +51,18 @@ class Drawn:
 
 def drawings(results: Sequence[Result], frame: pd.DataFrame) -> Iterator[Drawn]:
     """Every figure that these results have something for, made one at a time."""
-    for plot, figure in drawn(results):
-        if plot.name == "kv_cache_comparison":
-            figure = comparison_figure(frame, columns=2)  # three would be small on a page
-        if plot.name in SHOWS:
-            shows = SHOWS[plot.name](results, frame)
-        else:
+    for plot, figure in drawn(results, {"kv_cache_comparison": _in_two_columns}):
+        if plot.name.startswith("task_"):
             shows = _task(plot.title.removeprefix("Task "), results, frame)
+        else:
+            shows = SHOWS[plot.name](results, frame) if plot.name in SHOWS else ""
         yield Drawn(plot.name, plot.title, plot.caption, shows or plot.caption, figure)
     yield from _steps(results)
+
+
+def _in_two_columns(frame: pd.DataFrame, results: Sequence[Result]) -> Figure | None:
+    """The comparison in the width of a page, where three columns would be small."""
+    return None if successful(frame).empty else comparison_figure(frame, columns=2)
 
 
 # --- a figure on a page -------------------------------------------------------------------------------------------
@@ -115,10 +118,7 @@ def _pareto(results: Sequence[Result], frame: pd.DataFrame) -> str:
 
 
 def _task(task: str, results: Sequence[Result], frame: pd.DataFrame) -> str:
-    """Of a task; "" of any other plot, which shows what its caption says."""
     items = placed_items(task_items(results))
-    if task not in unique(items, "task"):
-        return ""
     said = [
         f"{' '.join(one.title.split())}: {100 * one.cells.stack().mean():.0f} %"
         for one in heat_maps(frame, items, task)
