@@ -118,18 +118,15 @@ def attention_recall(run: PagesOfSteps, truth: PagesOfSteps, by_head: bool = Fal
     """
     mass: list[float] = []
     among_best: list[float] = []
-    n_read: list[float] = []
-    n_there: list[int] = []
     for read_step, true_step in zip(run, truth, strict=True):
         for read, true in zip(read_step, true_step, strict=True):
-            n_there.append(read.n_there)
             for pages, shares in _by_reader(read, true, by_head):
                 mass.append(sum(shares[page] for page in pages) / sum(shares.values()))
                 best = sorted(shares, key=lambda page: -shares[page])[: len(pages)]
                 among_best.append(len(pages & set(best)) / len(pages))
-                n_read.append(len(pages))
-    figures = {"attention_mass_recall": mass, "page_recall": among_best, "attended_pages": n_read, "pages": n_there}
-    return {name: math.fsum(values) / len(values) if values else None for name, values in figures.items()}
+    figures = {"attention_mass_recall": mass, "page_recall": among_best}
+    means = {name: math.fsum(values) / len(values) if values else None for name, values in figures.items()}
+    return means | mean_pages(run)
 
 
 def _by_reader(read: PagesRead, true: PagesRead, by_head: bool) -> list[tuple[set[int], dict[int, float]]]:
