@@ -43,7 +43,7 @@ class HostPages:
     """The rows of one layer.
 
     Args:
-        page_shape: (2, K, P, D): keys and values, key/value heads, positions of a page, head size.
+        page_shape: (P, 2, K, D): positions of a page, keys and values, key/value heads, head size.
         dtype: of keys and values.
         pinned: whether to ask for pinned memory, which CUDA can copy from while the host goes on.
         memory_rows: rows that lie in memory, the first ones; None for all.

@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import hf_attention
 from cache_settings import Paging
 from component_cli import demonstrate
+from decode_attention import DecodeAttention
 from generation import measured_run
 from hf_attention import CannotPage
 from links import choose_link
@@ -38,7 +39,7 @@ from metrics import RunResult, Timing, cache_figures
 from models import LoadedModel
 from padding import Padding, read_padding
 from page_store import Transport, transport_for
-from paged_layer import DecodeAttention, PagedLayer
+from paged_layer import PagedLayer
 from paged_sequence import PagedSequence
 from recorder import Recorder
 from registry import POLICIES, SELECTORS, nearest
@@ -66,6 +67,8 @@ class PagedKVCache(Cache):
         CannotPage: the config has layers that hold something other than keys and values, or none with full attention.
         ValueError: a setting is unknown or out of range, or two contradict each other.
     """
+
+    watches_attention = False
 
     def __init__(self, config: Any, **paging: Any):
         for name in paging:
@@ -275,7 +278,8 @@ class PagedKVCache(Cache):
         """Every page that the layer asked for is there or on its way; reactive paging does nothing with the time."""
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
-        """A decode step's attention of one layer and sequence is done; reactive paging learns nothing from it."""
+        """A decode step's attention of one layer and sequence is done. Called where `watches_attention` says so, as
+        shares of single pages cost time; reactive paging learns nothing from them."""
 
     def rows_selected(self, rows: Sequence[int]) -> None:
         """Row i of the batch is now what row `rows[i]` was; reactive paging keeps nothing by row outside its layers."""

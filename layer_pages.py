@@ -58,7 +58,7 @@ class LayerPages:
         n_sealed = max_tokens // paging.page_size
         self.store = PageStore(
             batch_size * paging.slots,
-            (n_kv_heads, paging.page_size, head_dim),
+            (paging.page_size, 2, n_kv_heads, head_dim),
             dtype,
             device,
             transport,
@@ -111,7 +111,8 @@ class LayerPages:
         if n_filled == 0:
             return
         if offset:
-            keys = torch.cat([self.store.pool[sequence.table.resident[first], 0, :, :offset], keys], dim=1)
+            written = self.store.pool[sequence.table.resident[first], :offset, 0]  # [offset, K, D]
+            keys = torch.cat([written.transpose(0, 1), keys], dim=1)
         pages = keys[:, : n_filled * size].unflatten(1, (n_filled, size)).transpose(0, 1)  # [n, K, P, D]
         digests = self.selector.digest(pages)
         if digests.shape[:2] != pages.shape[:2]:
@@ -145,6 +146,8 @@ class LayerPages:
         Raises:
             ValueError: a position that was padding when it was written is to be seen now.
         """
+        if masked is None and not any(sequence.holes for sequence in self.sequences):
+            return
         holes = [sequence.holes for sequence in self.sequences]
         past = [[] for _ in self.sequences] if masked is None else list(masked)
         if past == holes:
@@ -202,8 +205,8 @@ class LayerPages:
             if sequence.n_tokens == 0:
                 continue
             pages = [self._page(sequence, page) for page in range(sequence.n_pages)]
-            stored = torch.cat(pages, dim=2)[:, :, : sequence.n_tokens]
-            full[:, row, :, kept_of(sequence.holes, 0, self.n_tokens)] = stored
+            stored = torch.cat(pages)[: sequence.n_tokens]  # [positions, 2, K, D]
+            full[:, row, :, kept_of(sequence.holes, 0, self.n_tokens)] = stored.permute(1, 2, 0, 3)
         return full[0], full[1]
 
     def _page(self, sequence: PagedSequence, page: int) -> torch.Tensor:

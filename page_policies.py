@@ -23,7 +23,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from fading import require_smoothing
 
@@ -44,12 +44,25 @@ class ReplacementPolicy(Protocol):
 
         truncate(n_pages)       the context was cropped: forget the pages from number `n_pages` on; those among them
                                 that were resident have been removed
+
+    The same pages touched in the same order again and again are what exact attention asks for in every step; see
+    `idempotent`.
     """
 
     def insert(self, page: int) -> None: ...
     def touch(self, page: int) -> None: ...
     def victim(self, pinned: Collection[int]) -> int: ...
     def remove(self, page: int) -> None: ...
+
+
+def idempotent(touch: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
+    """Marks a `touch` by which the same pages, touched again in the same order with nothing in between, change nothing.
+
+    Such a policy need not be told that a step asked for just what the step before it did. The mark is on the method, so
+    a policy that derives from one of these and touches in its own way is told.
+    """
+    touch.idempotent = True
+    return touch
 
 
 def _first_unpinned(pages: Iterable[int], pinned: Collection[int]) -> int:
@@ -76,6 +89,7 @@ class LRU:
     def insert(self, page: int) -> None:
         self._order[page] = None
 
+    @idempotent
     def touch(self, page: int) -> None:
         self._order.move_to_end(page)
 
@@ -98,6 +112,7 @@ class MRU(LRU):
 class FIFO(LRU):
     """First in, first out: evict the page that became resident longest ago, however often it is asked for."""
 
+    @idempotent
     def touch(self, page: int) -> None:
         pass
 
@@ -145,6 +160,7 @@ class Clock:
     def insert(self, page: int) -> None:
         self._referenced[page] = False
 
+    @idempotent
     def touch(self, page: int) -> None:
         self._referenced[page] = True
 
@@ -300,6 +316,7 @@ class AttentionMass:
     def insert(self, page: int) -> None:
         self._order[page] = None
 
+    @idempotent
     def touch(self, page: int) -> None:
         self._order.move_to_end(page)
 

@@ -107,8 +107,11 @@ def _box(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 
 
 def _best_in_box(query: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """The largest dot product in each box: a channel asks for the corner of its own sign."""
-    return _dot(query.clamp(max=0), boxes[:, :, 0]) + _dot(query.clamp(min=0), boxes[:, :, 1])
+    """The largest dot product in each box: a channel asks for the corner of its own sign. Both corners are one vector
+    of twice the length, so that it is one product."""
+    import torch
+
+    return _dot(torch.cat([query.clamp(max=0), query.clamp(min=0)], dim=-1), boxes.flatten(2))
 
 
 @dataclass(frozen=True)

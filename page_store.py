@@ -1,7 +1,8 @@
 """How page bytes move: a pool of device slots, and the copies between it and the host pages.
 
-One `PageStore` serves one layer. Its pool is one tensor `[n_slots, 2, K, P, D]` (keys, then values), allocated once, so
-that a page is one contiguous block and one copy. Host pages have the same shape and lie in host_pages.py. The page
+One `PageStore` serves one layer. Its pool is one tensor `[n_slots, P, 2, K, D]` (position by position, its key and its
+value), allocated once. So a page is one contiguous block and one copy, and pages next to each other are one stretch of
+positions, which one kernel call attends to. Host pages have the same shape and lie in host_pages.py. The page
 table says which slot; the store never decides anything, it only moves bytes.
 
 Copies go through a `Transport`, one for each device, and are first in, first out. A copy that reads what an earlier one
@@ -281,20 +282,20 @@ class PageStore:
 
     Args:
         n_slots: device slots.
-        page_shape: (K, P, D): key/value heads, positions of a page, head size.
+        page_shape: (P, 2, K, D): positions of a page, keys and values, key/value heads, head size.
         dtype, device: of the pool.
         transport: what copies travel on; shared by the layers of a device.
         memory_rows, disk_dir: how many host pages lie in memory, and where the others do; see `HostPages`.
 
     Attributes:
-        pool: [n_slots, 2, K, P, D]; another tensor after `select_lanes` with another number of lanes.
+        pool: [n_slots, P, 2, K, D]; another tensor after `select_lanes` with another number of lanes.
         host: the host pages. Rows go back through `release`, which knows of the copies.
     """
 
     def __init__(
         self,
         n_slots: int,
-        page_shape: tuple[int, int, int],
+        page_shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: torch.device,
         transport: Transport,
@@ -304,10 +305,10 @@ class PageStore:
         # Zeros touch the memory now, outside of any clock. And never an inference tensor, which a caller outside
         # inference mode could not write to.
         with torch.inference_mode(False):
-            self.pool = torch.zeros((n_slots, 2, *page_shape), dtype=dtype, device=device)
+            self.pool = torch.zeros((n_slots, *page_shape), dtype=dtype, device=device)
         transport.adopt(self.pool)
         self.transport = transport
-        self.host = HostPages((2, *page_shape), dtype, device.type == "cuda", memory_rows, disk_dir)
+        self.host = HostPages(page_shape, dtype, device.type == "cuda", memory_rows, disk_dir)
         self._to_host: dict[int, Ticket] = {}  # slot -> copy that still reads it
         self._to_device: dict[int, Ticket] = {}  # slot -> copy that still writes it
         self._sealing: dict[int, Ticket] = {}  # host row -> copy that writes it, until it is known to have arrived

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from page_policies import NothingToEvict, ReplacementPolicy
 
@@ -30,6 +30,9 @@ class PageTable:
         staging: slots on top of that.
         policy: picks the page to evict; owned by this table.
         first_slot: number of this table's first slot in the device pool.
+
+    Attributes:
+        n_changes: how often a page has come, gone or changed its place. While it stays the same, so does where all are.
     """
 
     def __init__(self, max_resident: int, staging: int, policy: ReplacementPolicy, first_slot: int = 0):
@@ -39,6 +42,7 @@ class PageTable:
             )
         self.max_resident, self.staging, self.first_slot = max_resident, staging, first_slot
         self.policy = policy
+        self.n_changes = 0
         self.resident: dict[int, int] = {}
         self.staged: dict[int, int] = {}
         # First freed, first used: the slot freed last is the one whose copy to the host is most likely still under way.
@@ -68,6 +72,7 @@ class PageTable:
             NothingToEvict: no slot is free and every resident page is pinned.
         """
         self._require_absent(page)
+        self.n_changes += 1
         evicted = None if self.free_slots else self.evict(pinned)
         self.staged[page] = self.free_slots.popleft()
         return self.staged[page], evicted
@@ -75,6 +80,7 @@ class PageTable:
     def admit(self, page: int, pinned: Collection[int]) -> int | None:
         """Make a staged page resident; returns the page evicted to stay within the budget, if any."""
         slot = self.staged[page]
+        self.n_changes += 1
         evicted = self.evict(pinned) if len(self.resident) >= self.max_resident else None
         del self.staged[page]
         self.resident[page] = slot
@@ -84,31 +90,37 @@ class PageTable:
     def open(self, page: int, pinned: Collection[int]) -> tuple[int, int | None]:
         """Make an absent page resident at once, to be written by computation; returns its slot and the page evicted."""
         self._require_absent(page)
+        self.n_changes += 1
         must_evict = len(self.resident) >= self.max_resident or not self.free_slots
         evicted = self.evict(pinned) if must_evict else None
         self.resident[page] = self.free_slots.popleft()
         self.policy.insert(page)
         return self.resident[page], evicted
 
-    def touch(self, page: int) -> None:
-        """Tell the policy that a resident page was asked for."""
-        self.policy.touch(page)
+    def touch(self, pages: Iterable[int]) -> None:
+        """Tell the policy that resident pages were asked for, one after the other."""
+        touch = self.policy.touch
+        for page in pages:
+            touch(page)
 
     def evict(self, pinned: Collection[int]) -> int:
         """Drop the policy's victim and free its slot. Raises NothingToEvict if all are pinned."""
         page = self.policy.victim(pinned)
         if page in pinned or page not in self.resident:
             raise RuntimeError(f"{type(self.policy).__name__} chose page {page}, which is pinned or not resident")
+        self.n_changes += 1
         self.policy.remove(page)
         self.free_slots.append(self.resident.pop(page))
         return page
 
     def unstage(self, page: int) -> None:
         """Give up a staged page and free its slot."""
+        self.n_changes += 1
         self.free_slots.append(self.staged.pop(page))
 
     def truncate(self, n_pages: int) -> None:
         """Forget the resident pages from number `n_pages` on; their slots are free again."""
+        self.n_changes += 1
         for page in [page for page in self.resident if page >= n_pages]:
             self.policy.remove(page)
             self.free_slots.append(self.resident.pop(page))

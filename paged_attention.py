@@ -22,11 +22,13 @@ Shapes: B sequences, H query heads, K key/value heads, G = H / K, T query positi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 NEGATIVE_INFINITY = float("-inf")
+MOST_ROWS_APART = 16  # query rows of a key/value head that may be taken one by one
 MAX_SCORES = 2**24  # that plain attention holds at a time: 64 MiB in float32, a few times over
 
 
@@ -64,11 +66,11 @@ def attention_with_lse(
         softcap: bounds the scaled scores s smoothly, softcap * tanh(s / softcap), as in Gemma 2
             (https://arxiv.org/abs/2408.00118); no fused kernel does that, so it takes the plain path.
     """
-    if softcap is not None:
+    fused = None if softcap is not None else _fused_kernel(query, value, allowed)
+    if fused is None:
         out, lse = plain_attention_with_lse(query, key, value, scale, causal, allowed, softcap)
     else:
-        fused = _fused_kernel(query, value, allowed)
-        out, lse = (fused or plain_attention_with_lse)(query, key, value, scale, causal, allowed)
+        out, lse = fused(query, key, value, scale, causal, allowed)
     if allowed is not None:
         # The kernels give rows without any allowed key an arbitrary finite log-sum-exp.
         lse = lse.masked_fill(~allowed.any(-1).expand_as(lse), NEGATIVE_INFINITY)
@@ -192,7 +194,7 @@ def ungroup_heads(out: torch.Tensor, n_heads: int) -> torch.Tensor:
     return out.reshape(batch, n_heads, rows * n_kv_heads // n_heads, head_dim)
 
 
-def attend_pages(
+def attend_parts(
     grouped_query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -201,18 +203,30 @@ def attend_pages(
     allowed: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> Partial:
-    """Attention of one sequence's query over each of n pages separately.
+    """Attention of one sequence's query over each of n parts of the context separately, such as pages.
 
     Args:
         grouped_query: [1, K, R, D], R = G*T rows.
-        keys, values: [n, K, P, D].
-        allowed: bool [n, 1, R or 1, P], or None.
+        keys, values: [n, K, S, D].
+        allowed: bool [n, 1, R or 1, S], or None.
         softcap: as in `attention_with_lse`.
 
     Returns:
         A Partial with out [n, K, R, D] and lse [n, K, R].
     """
-    query = grouped_query.expand(keys.shape[0], -1, -1, -1)
+    n_parts, (n_kv_heads, n_rows, head_dim) = keys.shape[0], grouped_query.shape[1:]
+    if (
+        n_parts * n_kv_heads < 2 * torch.get_num_threads()
+        and n_rows <= MOST_ROWS_APART
+        and allowed is None
+        and keys.device.type == "cpu"
+    ):
+        # The kernel shares out parts and heads among the threads, so few of them leave threads idle.
+        query = grouped_query.reshape(1, n_kv_heads * n_rows, 1, head_dim).expand(n_parts, -1, -1, -1)
+        part = attention_with_lse(query, keys, values, scale=scale, allowed=allowed, softcap=softcap)
+        shape = n_parts, n_kv_heads, n_rows
+        return Partial(part.out.reshape(*shape, head_dim), part.lse.reshape(shape))
+    query = grouped_query.expand(n_parts, -1, -1, -1)
     return attention_with_lse(query, keys, values, scale=scale, allowed=allowed, softcap=softcap)
 
 
@@ -236,8 +250,8 @@ def sink_part(sinks: torch.Tensor, like: Partial) -> Partial:
     return Partial(torch.zeros_like(like.out[:1]), lse.reshape(1, n_kv_heads, n_rows))
 
 
-def merge(parts: list[Partial]) -> Partial:
-    """Put together attention over disjoint sets of keys.
+def merge(parts: Sequence[Partial]) -> Partial:
+    """Put together attention over disjoint sets of keys, so that more can be merged with it.
 
     Args:
         parts: each with out [n_i, K, R, D] and lse [n_i, K, R].
@@ -245,13 +259,25 @@ def merge(parts: list[Partial]) -> Partial:
     Returns:
         A Partial with out [1, K, R, D] and lse [1, K, R]; rows that saw no key at all are 0, their lse -inf.
     """
-    lse = torch.cat([part.lse for part in parts]) if len(parts) > 1 else parts[0].lse
-    out = torch.cat([part.out for part in parts]) if len(parts) > 1 else parts[0].out
-    if lse.shape[0] == 1:
-        return Partial(out, lse)
-    total = torch.logsumexp(lse, dim=0, keepdim=True)
-    weights = torch.exp(lse - total).nan_to_num(0.0)
-    return Partial((weights.unsqueeze(-1) * out).sum(0, keepdim=True), total)
+    together = side_by_side(parts)
+    if together.lse.shape[0] == 1:
+        return together
+    return Partial(merged_output(together), torch.logsumexp(together.lse, dim=0, keepdim=True))
+
+
+def side_by_side(parts: Sequence[Partial]) -> Partial:
+    """Parts as one, not merged: out [n, K, R, D] and lse [n, K, R], n the sum of theirs."""
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+
+def merged_output(together: Partial) -> torch.Tensor:
+    """The output of n parts merged, [1, K, R, D], for when nothing is left to be merged with it."""
+    if together.lse.shape[0] == 1:
+        return together.out
+    weights = together.lse.softmax(0).nan_to_num(0.0)  # NaN: a row that saw no key
+    return (weights.unsqueeze(-1) * together.out).sum(0, keepdim=True)
 
 
 def page_mass(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

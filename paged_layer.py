@@ -16,69 +16,44 @@ holds for any forward pass of several tokens, such as the checking of an assista
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from cache_settings import Paging
+from decode_attention import DecodeAttention
 from hf_attention import CannotPage
 from layer_pages import LayerPages
 from padding import Padding, kept_of
 from page_selection import choose_pages
-from page_store import Transport, to_host_later
+from page_store import Transport
 from paged_attention import (
     Partial,
-    attend_pages,
+    attend_parts,
     attention_with_lse,
     group_heads,
     merge,
-    page_mass,
+    merged_output,
+    side_by_side,
     sink_part,
     ungroup_heads,
 )
 from paged_sequence import PagedSequence
+from pool_reads import ReadPlan, plan_reads
 from recorder import Recorder
 from registry import SELECTORS
 from stage_clock import StageClock, clock_for
+from standing_step import StandingStep
 
+PART_TOKENS = 512  # of a part that one new token attends to: enough parts for many threads, few enough to merge
+CHUNK_PART_TOKENS = 2**16  # of a part that a chunk attends to, whose queries are enough for all threads
 MAX_PARTIAL_ELEMENTS = 2**23  # of one kernel call's output during prefill: 32 MiB in float32
 
 
-@dataclass(frozen=True)
-class DecodeAttention:
-    """What one layer's attention over the pages of one sequence gave in a decode step, beside its output.
-
-    Attributes:
-        parts: (pages, log-sum-exps [n, K, G]) of each part of the attention.
-        total: log-sum-exp [1, K, G] of all of it.
-    """
-
-    parts: list[tuple[list[int], torch.Tensor]]
-    total: torch.Tensor
-
-    @property
-    def pages(self) -> list[int]:
-        """The pages attended to, in the order of `mass`."""
-        return [page for pages, _ in self.parts for page in pages]
-
-    @cached_property
-    def mass(self) -> Callable[[], list[float]]:
-        """Gives each page's share of the attention, averaged over heads; together they are 1 at most. A function, as on
-        CUDA the shares are on their way to the host, and on a CPU they need not be computed if nobody reads them."""
-        if self.total.device.type != "cuda":
-            return cache(lambda: self._shares().tolist())
-        return to_host_later(self._shares())
-
-    def _shares(self) -> torch.Tensor:
-        return page_mass(torch.cat([lse for _, lse in self.parts]), self.total)
-
-
-@dataclass(frozen=True)
-class ScoreRule:
+class ScoreRule(NamedTuple):
     """How scores are made of queries and keys: `scale`, and `softcap` where a model bounds them. `sinks` [H] are
     logits without a value that join the softmax's denominator."""
 
@@ -87,8 +62,7 @@ class ScoreRule:
     sinks: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class PageReading:
+class PageReading(NamedTuple):
     """A request for the pages of one sequence: the waves they come in, and which key/value heads attend to which pages
     (bool [pages, K]; None where all heads attend to all of them)."""
 
@@ -102,6 +76,7 @@ class ServesLayers(Protocol):
     recorder: Recorder
     phase: str
     torn: bool
+    watches_attention: bool  # whether `attended` is to be called
 
     def transport(self, device: torch.device) -> Transport: ...
 
@@ -139,6 +114,8 @@ class PagedLayer(CacheLayerMixin):
         self.clock: StageClock
         self._looking: list[tuple[PagedSequence, Sequence[int]]] = []  # rows that have asked for all they want
         self._n_asking = 0
+        self._standing: StandingStep | None = None
+        self._plans: dict[int, ReadPlan] = {}  # by lane, of the wave attended to last
 
     @property
     def n_tokens(self) -> int:
@@ -270,12 +247,17 @@ class PagedLayer(CacheLayerMixin):
         Returns:
             [B, H, T, D] in the query's dtype; 0 for positions that are padding.
         """
+        if self._standing is not None:
+            plain = allowed is None and softcap is None and sinks is None and self.cache.phase == "decode"
+            if plain and not self.cache.watches_attention and self._standing.serves(self.pages, query, key, scale):
+                return self._attend_again(query, key, value)
+            self._standing = None
         self._require_initialized(key, value)
         n_positions = self.n_tokens + query.shape[2]
         if allowed is not None and allowed.shape[-1] != n_positions:
             raise CannotPage(f"the mask is for {allowed.shape[-1]} positions, but there are {n_positions}")
         try:
-            padding = self.cache.padding(allowed)
+            padding = None if allowed is None else self.cache.padding(allowed)
             self.pages.agree_with(None if padding is None else padding.past)
             masked = None if padding is None else padding.new
             rule = ScoreRule(scale, softcap, sinks)
@@ -284,7 +266,24 @@ class PagedLayer(CacheLayerMixin):
         except BaseException:
             self.cache.torn = True  # some pages may be staged and not attended, some positions written and others not
             raise
+        if attend == self._attend_token and rule == ScoreRule(scale) and self.selector is None:
+            plan = self._plans.get(0)
+            if padding is None and plan is not None and not self._shares_asked_for(self.pages.sequences[0]):
+                self._standing = StandingStep.after(self.pages, plan, scale)
         return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(query.dtype)
+
+    def _attend_again(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """A decode step that repeats the one before it; see standing_step.py."""
+        sequence = self.pages.sequences[0]
+        try:
+            sequence.ask_again(lambda wanted: self.cache.look_ahead(self, sequence, wanted))
+            started = self.clock.now()
+            out = self._standing.attend(query, key, value)
+            self._spent_attending(started)
+        except BaseException:
+            self.cache.torn = True
+            raise
+        return out.to(query.dtype)
 
     def _attend_token(self, query, key, value, masked, rule) -> list[torch.Tensor]:
         """One new token of each row: written first, and then attended to like the others."""
@@ -331,7 +330,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _ask(self, sequence: PagedSequence, query: torch.Tensor | None, rule: ScoreRule | None) -> PageReading:
         """Ask for the pages of one row; its query is [H, 1, D]."""
-        pages, heads = list(range(sequence.n_pages)), None
+        pages, heads = range(sequence.n_pages), None
         pinned = sequence.pinned_pages()
         n_attended = self.paging.n_attended(len(pages))
         if self.selector and query is not None and self.cache.phase == "decode" and n_attended < len(pages):
@@ -366,7 +365,12 @@ class PagedLayer(CacheLayerMixin):
         merged: list[Partial] = []
         seen: list[tuple[list[int], torch.Tensor]] = []
         grouped = group_heads(query, n_kv_heads)
-        is_decode = self.cache.phase == "decode" and key is None  # a chunk's shares are not kept: they take memory
+        # A chunk's shares are not kept: they take memory.
+        is_told = self.cache.phase == "decode" and key is None and self._shares_asked_for(sequence)
+        page_by_page = is_told or reading.heads is not None
+        per_part = (
+            1 if page_by_page else max(1, (PART_TOKENS if length == 1 else CHUNK_PART_TOKENS) // self.paging.page_size)
+        )
         if key is not None:
             started = self.clock.now()
             own = attention_with_lse(query, key, value, scale=rule.scale, causal=True, softcap=rule.softcap)
@@ -374,11 +378,11 @@ class PagedLayer(CacheLayerMixin):
             self._spent_attending(started)
         for wave in reading.waves:
             started = self.clock.now()
-            for pages, part in self._attend_wave(sequence, wave, grouped, rule):
+            for pages, part in self._attend_wave(sequence, wave, grouped, rule, per_part):
                 if reading.heads is not None:
                     unseen = ~reading.heads[self._index(pages)].unsqueeze(-1)
                     part = Partial(part.out, part.lse.masked_fill(unseen, float("-inf")))
-                if is_decode:
+                if is_told:
                     seen.append((pages, part.lse))
                 # The parts of one token are small enough to be merged all at once.
                 merged = [*merged, part] if length == 1 else [merge([*merged, part])]
@@ -388,46 +392,34 @@ class PagedLayer(CacheLayerMixin):
         started = self.clock.now()
         if rule.sinks is not None:
             merged.append(sink_part(rule.sinks, like=merged[0]))
-        total = merge(merged)
+        together = side_by_side(merged)
+        out = ungroup_heads(merged_output(together), n_heads)
         self._spent_attending(started)
-        if is_decode:
-            attention = DecodeAttention(seen, total.lse)
+        if is_told:
+            attention = DecodeAttention(seen, together.lse)
             if getattr(sequence.table.policy, "needs_mass", False):
                 sequence.attended(attention.pages, attention.mass)
-            self.cache.attended(self, sequence, attention)
-        return ungroup_heads(total.out, n_heads)
+            if self.cache.watches_attention:
+                self.cache.attended(self, sequence, attention)
+        return out
+
+    def _shares_asked_for(self, sequence: PagedSequence) -> bool:
+        """Whether anybody wants to know which share of the attention each page got."""
+        return self.cache.watches_attention or getattr(sequence.table.policy, "needs_mass", False)
 
     def _spent_attending(self, started: Any) -> None:
         self.cache.recorder.spent(self.layer_idx, "attend", self.clock.since(started))
 
-    def _attend_wave(self, sequence, wave, grouped, rule) -> Iterator[tuple[list[int], Partial]]:
-        """Attend to pages that are on the device: the full ones together, the open one by itself."""
-        fill = sequence.n_tokens % self.paging.page_size
-        open_page = sequence.n_pages - 1 if fill else None
-        full = sorted((slot, page) for page, slot in wave.items() if page != open_page)
-        per_call = max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
-        for start in range(0, len(full), per_call):
-            slots, pages = zip(*full[start : start + per_call], strict=True)
-            yield list(pages), self._attend_slots(slots, grouped, rule)
-        if open_page in wave:
-            slot = wave[open_page]
-            yield [open_page], self._attend_block(self.pages.store.pool[slot : slot + 1, :, :, :fill], grouped, rule)
-
-    def _attend_slots(self, slots, grouped, rule) -> Partial:
-        """Attend to full pages. A stretch of the pool with few other pages in it is read in place rather than gathered:
-        work on the pages between is thrown away, which costs less than copying those that are wanted."""
-        pool, first, n_spanned = self.pages.store.pool, slots[0], slots[-1] - slots[0] + 1
-        if n_spanned > 2 * len(slots):
-            return self._attend_block(pool[self._index(slots)], grouped, rule)
-        part = self._attend_block(pool[first : first + n_spanned], grouped, rule)
-        if n_spanned == len(slots):
-            return part
-        wanted = self._index([slot - first for slot in slots])
-        return Partial(part.out[wanted], part.lse[wanted])
-
-    def _attend_block(self, block: torch.Tensor, grouped: torch.Tensor, rule: ScoreRule) -> Partial:
-        """Attend to pages `[n, 2, K, P, D]`."""
-        return attend_pages(grouped, block[:, 0], block[:, 1], scale=rule.scale, softcap=rule.softcap)
+    def _attend_wave(self, sequence, wave, grouped, rule, per_part) -> Iterator[tuple[list[int], Partial]]:
+        """Attend to pages that are on the device, `per_part` of them to a part."""
+        pool, fill = self.pages.store.pool, sequence.n_tokens % self.paging.page_size
+        open_page, plan = sequence.n_pages - 1 if fill else None, self._plans.get(sequence.lane)
+        if plan is None or not plan.serves(wave, open_page, pool, per_part):
+            most = per_part * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
+            plan = self._plans[sequence.lane] = plan_reads(wave, open_page, pool, per_part, most, self._index)
+        for stretch in plan.stretches:
+            for pages, keys, values in stretch.parts(fill):
+                yield pages, attend_parts(grouped, keys, values, scale=rule.scale, softcap=rule.softcap)
 
     def _index(self, places: Sequence[int]) -> torch.Tensor:
         """Places as an index on the device. From pinned memory, as a pageable copy would make the host wait."""

@@ -21,7 +21,7 @@ from page_store import PageStore, Ticket
 from page_table import PageTable
 from recorder import Recorder
 from registry import POLICIES
-from resolution import LooksAhead, Resolution
+from resolution import LooksAhead, Resolution, StandingAnswer
 from shadow_lru import ShadowLRU
 
 
@@ -55,6 +55,9 @@ class PagedSequence:
         self._demanded: set[int] = set()
         self._evicted_for_prefetch: set[int] = set()
         self._unread_mass: tuple[Sequence[int], Callable[[], list[float]]] | None = None
+        self._touches_are_idempotent = getattr(policy.touch, "idempotent", False)
+        self._standing: StandingAnswer | None = None
+        self._pinned: tuple[int, set[int]] = (0, set())
 
     @property
     def n_pages(self) -> int:
@@ -67,8 +70,10 @@ class PagedSequence:
         return len(self.host_rows)
 
     def pinned_pages(self) -> set[int]:
-        """Pages that stay resident: the first `sink_pages` and the last `recent_pages`."""
-        return self._pinned_of(self.n_pages)
+        """Pages that stay resident: the first `sink_pages` and the last `recent_pages`. Not to be changed."""
+        if self._pinned[0] != self.n_pages:
+            self._pinned = self.n_pages, self._pinned_of(self.n_pages)
+        return self._pinned[1]
 
     def _pinned_of(self, n_pages: int) -> set[int]:
         recent = range(max(0, n_pages - self.paging.recent_pages), n_pages)
@@ -77,15 +82,16 @@ class PagedSequence:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write `[K, T, D]` into pages, and seal each page that fills."""
+        """Write `[K, T, D]` into pages, and seal each page that fills. Gradients are not followed into them."""
+        keys, values = keys.detach(), values.detach()
         size, length, written = self.paging.page_size, keys.shape[1], 0
         while written < length:
             page, offset = divmod(self.n_tokens, size)
             count = min(size - offset, length - written)
             slot = self._open(page) if offset == 0 else self.table.resident[page]
-            target = self.store.pool[slot]
-            target[0, :, offset : offset + count] = keys[:, written : written + count].detach()
-            target[1, :, offset : offset + count] = values[:, written : written + count].detach()
+            target = self.store.pool[slot].narrow(0, offset, count).transpose(0, 2)  # [K, 2, count, D]
+            target.select(1, 0).copy_(keys.narrow(1, written, count))
+            target.select(1, 1).copy_(values.narrow(1, written, count))
             written += count
             self.n_tokens += count
             if offset + count == size:
@@ -252,6 +258,9 @@ class PagedSequence:
         as_set = self.paging.access_order == "resident_first"
         order = wanted if as_set else sorted(wanted)
         self.recorder.asked(self.layer_idx, self.lane, order, self.table.resident)
+        if self._standing is not None and self._standing.holds(order, self.table):
+            return self._answer_again(self._standing, look_ahead)
+        self._standing = None
         plain, of_all_slots = (shadow.ask(order, pinned, as_set) for shadow in self.shadows)
         skips = may_skip and self.paging.on_miss == "skip"
         self.count(
@@ -261,7 +270,30 @@ class PagedSequence:
         )
         if not as_set:
             return self._one_by_one(order, pinned, plain, look_ahead)
-        return Resolution(self, order, pinned, plain, look_ahead, skips=skips)
+        resolution = Resolution(self, order, pinned, plain, look_ahead, skips=skips)
+        if len(of_all_slots) == len(order):
+            self._standing = resolution.standing()
+        return resolution
+
+    def answers_again(self, wave: dict[int, int]) -> bool:
+        """Whether the last request was answered with this wave, and asking the same again would be."""
+        standing = self._standing
+        return standing is not None and standing.wave is wave and standing.n_changes == self.table.n_changes
+
+    def ask_again(self, look_ahead: LooksAhead) -> None:
+        """Make the last request once more, where `answers_again` says that its answer is known."""
+        self.recorder.asked(self.layer_idx, self.lane, self._standing.wanted, self.table.resident)
+        self._answer_again(self._standing, look_ahead)
+
+    def _answer_again(self, standing: StandingAnswer, look_ahead: LooksAhead) -> Iterable[dict[int, int]]:
+        """Answer the request of the step before, which finds everything where it was. Plain LRU keeps its order by it,
+        and so does a policy that says so of its touches."""
+        if not self._touches_are_idempotent:
+            self.table.touch(reversed(standing.wanted))
+        n = len(standing.wanted)
+        self.count(hits=n, lru_hits=n, shadow_hits=n, shadow_slots_hits=n)
+        look_ahead(standing.wanted)
+        return (standing.wave,)
 
     def _one_by_one(
         self, order: Sequence[int], pinned: set[int], lru_held: Collection[int], look_ahead: LooksAhead

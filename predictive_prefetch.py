@@ -27,6 +27,7 @@ from typing import Any
 
 from cache_settings import PrefetchSpec, prefetch_conflicts
 from component_cli import demonstrate
+from decode_attention import DecodeAttention
 from fading import Guesses
 from generation import generate, made_prompt, measured_run
 from kv_paging import MeasuredPagedCache, PagedKVCache
@@ -35,7 +36,7 @@ from models import LoadedModel
 from page_predictors import Predictor
 from page_selection import page_shares
 from paged_attention import group_heads
-from paged_layer import DecodeAttention, PagedLayer
+from paged_layer import PagedLayer
 from paged_sequence import PagedSequence
 from prefetch_threshold import ConfidenceThreshold
 from query_foresight import QueryForesight
@@ -67,6 +68,7 @@ class PrefetchingKVCache(PagedKVCache):
         needs = {name for name in ("needs_scores", "needs_recording") if getattr(made, name, False)}
         for _, conflict in prefetch_conflicts(self.prefetching, self.paging, needs):
             raise ValueError(conflict)
+        self.watches_attention = getattr(made, "needs_mass", True)
         uses_scores = self.paging.selects and getattr(made, "uses_scores", False)
         self._foresight = QueryForesight(self) if uses_scores else None
         self._later_layer = self._layers_ahead(self.prefetching.lookahead)
@@ -181,12 +183,10 @@ class PrefetchingKVCache(PagedKVCache):
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
         """Tell the predictor what attention looked at."""
-        predictor = self._predictor(sequence)
-        if getattr(predictor, "needs_mass", True):
-            started = time.perf_counter()
-            with self._naming_the_predictor():
-                predictor.observe(layer.layer_idx, self._step, attention.pages, attention.mass)
-            self._spent_predicting(layer, started)
+        started = time.perf_counter()
+        with self._naming_the_predictor():
+            self._predictor(sequence).observe(layer.layer_idx, self._step, attention.pages, attention.mass)
+        self._spent_predicting(layer, started)
 
     def _spent_predicting(self, layer: PagedLayer, started: float) -> None:
         self.recorder.spent(layer.layer_idx, "predict", 1000.0 * (time.perf_counter() - started))

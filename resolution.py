@@ -9,7 +9,8 @@ and has the missing pages copied for a later step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Protocol
 
 from page_store import Ticket
@@ -59,7 +60,7 @@ class Resolution:
         sequence: HasPages,
         wanted: Sequence[int],
         pinned: set[int],
-        lru_held: Collection[int],
+        lru_held: Set[int],
         look_ahead: LooksAhead | None = None,
         request: set[int] | None = None,
         skips: bool = False,
@@ -86,27 +87,37 @@ class Resolution:
         if self.missing:
             raise RuntimeError(f"layer {self.sequence.layer_idx}: no slot was to be had for pages {[*self.missing]}")
 
+    def standing(self) -> StandingAnswer | None:
+        """What later requests for the same pages may be answered with; None if there were others than resident pages,
+        or plain LRU would not have held them all."""
+        if len(self.lru_held) < len(self.wanted) or not all(page in self.table.resident for page in self.wanted):
+            return None
+        return StandingAnswer(self.wanted, self.table.n_changes, self._slots(self.wanted))
+
     def _find(self) -> None:
         """Sort the wanted pages into hits, misses and those still on their way, which are counted as they are waited
         for: on CUDA only the device knows whether it had to wait."""
         on_their_way: dict[int, tuple[Ticket, list[int]]] = {}
         n_on_their_way = on_time = 0
-        for page in self.wanted:
-            if page in self.table.resident:
-                self.ready.append(page)
-            elif page not in self.table.staged:
-                self.missing.append(page)
-            elif (ticket := self.sequence.arriving[page]).done():
-                ticket.wait()  # takes no time, but raises if the copy failed
-                self.sequence.arriving.pop(page)
-                self.ready.append(page)
-                on_time += self.sequence.taken_up(page)
-            else:
-                n_on_their_way += 1
-                on_their_way.setdefault(id(ticket), (ticket, []))[1].append(page)
-        for page in reversed(self.wanted):  # the most wanted last, so that it counts as the most recently used
-            if page in self.table.resident:
-                self.table.touch(page)
+        resident, staged = self.table.resident, self.table.staged
+        hits = [page for page in self.wanted if page in resident]
+        if len(hits) == len(self.wanted):
+            self.ready = hits
+        else:
+            for page in self.wanted:
+                if page in resident:
+                    self.ready.append(page)
+                elif page not in staged:
+                    self.missing.append(page)
+                elif (ticket := self.sequence.arriving[page]).done():
+                    ticket.wait()  # takes no time, but raises if the copy failed
+                    self.sequence.arriving.pop(page)
+                    self.ready.append(page)
+                    on_time += self.sequence.taken_up(page)
+                else:
+                    n_on_their_way += 1
+                    on_their_way.setdefault(id(ticket), (ticket, []))[1].append(page)
+        self.table.touch(reversed(hits))  # the most wanted last, so that it counts as the most recently used
         counts = {"hits": len(self.ready), "misses": len(self.missing), "prefetch_on_time": on_time}
         if self.skips:
             counts |= {"late": n_on_their_way, "skipped": n_on_their_way + len(self.missing)}
@@ -120,7 +131,7 @@ class Resolution:
         self.sequence.looked_up(self.wanted, self.missing)
 
     def _n_lru_held(self, pages: Sequence[int]) -> int:
-        return sum(page in self.lru_held for page in pages)
+        return len(self.lru_held.intersection(pages))
 
     def _fetch_missing(self) -> None:
         """Start copying as many missing pages as there are slots for, as one transfer."""
@@ -169,11 +180,13 @@ class Resolution:
 
     def _release(self, pages: Sequence[int]) -> None:
         """These pages have been attended: those that were staged become resident, and room is made for the next."""
-        self.pinned.difference_update(page for page in pages if page not in self.always_pinned)
+        self.pinned.difference_update(pages)
+        self.pinned.update(self.always_pinned)
         evictions = 0
-        for page in pages:
-            if page in self.table.staged:
-                evictions += self.table.admit(page, self.pinned) is not None
+        if self.table.staged:
+            for page in pages:
+                if page in self.table.staged:
+                    evictions += self.table.admit(page, self.pinned) is not None
         if evictions:
             self.sequence.count(evictions=evictions)
         if self.missing:
@@ -181,4 +194,26 @@ class Resolution:
 
     def _slots(self, pages: Sequence[int]) -> dict[int, int]:
         resident, staged = self.table.resident, self.table.staged
+        if not staged:
+            return {page: resident[page] for page in pages}
         return {page: resident[page] if page in resident else staged[page] for page in pages}
+
+
+@dataclass(frozen=True)
+class StandingAnswer:
+    """The answer to a request whose pages were all resident, for plain LRU too: it stays the answer while the same is
+    asked and no page moves, as in every step of exact attention where all fits.
+
+    Attributes:
+        wanted: the pages asked for.
+        n_changes: the page table's count of changes then.
+        wave: `{page: slot}` of all of them.
+    """
+
+    wanted: Sequence[int]
+    n_changes: int
+    wave: dict[int, int]
+
+    def holds(self, wanted: Sequence[int], table: PageTable) -> bool:
+        """Whether it is the answer now."""
+        return self.n_changes == table.n_changes and self.wanted == wanted

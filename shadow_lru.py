@@ -46,12 +46,13 @@ class ShadowLRU:
         """
         order = self._order
         if resident_first:
-            hits = order.keys() & pages
-            for page in reversed(pages):
-                if page in hits:
-                    order.move_to_end(page)
-            self._keep([page for page in pages if page not in hits], pinned)
-            return hits
+            kept = [page for page in pages if page in order]
+            for page in reversed(kept):
+                order.move_to_end(page)
+            if len(kept) < len(pages):
+                hits = set(kept)
+                self._keep([page for page in pages if page not in hits], pinned)
+            return set(kept)
         hits = set()
         for page in pages:
             if page in order:

@@ -96,7 +96,7 @@ class PagesAgainstTensors(RuleBasedStateMachine):
             pages = read_all(sequence)
             assert sorted(pages) == list(range(sequence.n_pages))
             if pages:
-                together = torch.cat([pages[page] for page in sorted(pages)], dim=2)[:, :, : sequence.n_tokens]
+                together = torch.cat([pages[page] for page in sorted(pages)])[: sequence.n_tokens].permute(1, 2, 0, 3)
                 assert torch.equal(together, self.states[:, row][:, :, self.mask[row]])
 
     @rule(data=st.data())

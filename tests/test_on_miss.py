@@ -190,6 +190,8 @@ class Recount:
             return resolve(layer, sequence, query, rule)
 
         monkeypatch.setattr(PagedLayer, "_ask", noting)
+        always = property(lambda cache: True, lambda cache, value: None)
+        monkeypatch.setattr(PagedKVCache, "watches_attention", always)
         for cls in (PagedKVCache, PrefetchingKVCache):
             monkeypatch.setattr(cls, "attended", self._noting_attended(cls.attended))
             monkeypatch.setattr(cls, "look_ahead", self._noting_wanted(cls.look_ahead))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from page_policies import NothingToEvict
+from page_policies import LRU, NothingToEvict
 from page_table import PageTable
 from registry import POLICIES
 
@@ -625,3 +625,26 @@ def test_what_was_cropped_away_is_forgotten_also_where_it_was_not_resident(name)
         if name == "attention":
             table.policy.observe({1: 0.5})
     assert cropped.policy == fresh.policy
+
+
+@pytest.mark.parametrize("name", ALL_NAMES)
+@given(pages=st.lists(PAGES, min_size=1, unique=True), data=st.data())
+def test_a_touch_that_says_so_changes_nothing_when_repeated(name, pages, data):
+    asked = data.draw(st.lists(st.sampled_from(pages), unique=True))
+    victims = []
+    for times in (1, 3):
+        policy = POLICIES.create(name)
+        for page in pages:
+            policy.insert(page)
+        for page in asked * times:
+            policy.touch(page)
+        victims.append([evict(policy) for _ in pages])
+    assert victims[0] == victims[1] or not getattr(policy.touch, "idempotent", False)
+
+
+def test_a_policy_that_derives_from_another_and_touches_in_its_own_way_does_not_inherit_the_word():
+    class Counting(LRU):
+        def touch(self, page):
+            super().touch(page)
+
+    assert LRU().touch.idempotent and not getattr(Counting().touch, "idempotent", False)

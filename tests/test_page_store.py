@@ -20,7 +20,7 @@ from links import BUS, MEMORY, Link
 from page_store import PageStore, StreamTransport, ThreadTransport, TransferFailed, to_host_later
 
 CPU = torch.device("cpu")
-PAGE_SHAPE = (2, 4, 8)  # K, P, D
+PAGE_SHAPE = (4, 2, 2, 8)  # P, keys and values, K, D
 PAGE_BYTES = 2 * 2 * 4 * 8 * 4  # keys and values in float32
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHARED = ThreadTransport(MEMORY)
@@ -64,7 +64,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_page_comes_back_bit_for_bit(dtype, memory_rows, tmp_path):
     store = make_store(dtype=dtype, n_rows=5, memory_rows=memory_rows, disk_dir=tmp_path)
-    page = torch.randn(2, *PAGE_SHAPE).to(dtype)
+    page = torch.randn(PAGE_SHAPE).to(dtype)
     page[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
     store.pool[1] = page
     assert store.seal(1) == 5
@@ -567,7 +567,7 @@ def cuda_store(n_slots: int, page_shape: tuple[int, int, int], dtype=torch.float
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_cuda_a_page_comes_back_bit_for_bit(dtype, memory_rows, tmp_path):
     store = cuda_store(4, PAGE_SHAPE, dtype, memory_rows=memory_rows, disk_dir=tmp_path)
-    page = torch.randn(2, *PAGE_SHAPE).to(dtype)
+    page = torch.randn(PAGE_SHAPE).to(dtype)
     store.pool[1] = page.cuda()
     store.fetch([(3, store.seal(1))]).wait()
     assert same_bits(store.pool[3].cpu(), page)

@@ -106,7 +106,7 @@ class TableAgainstModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def touch(self, data):
         page = data.draw(st.sampled_from(sorted(self.resident)))
-        self.table.touch(page)
+        self.table.touch([page])
         self.policy.touch(page)
 
     @precondition(lambda self: len(self.resident) + len(self.staged) > 2)

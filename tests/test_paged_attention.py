@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import paged_attention
 from paged_attention import (
     Partial,
-    attend_pages,
+    attend_parts,
     attention_with_lse,
     attention_with_sinks,
     group_heads,
@@ -226,7 +226,7 @@ def test_pages_in_any_order_and_any_waves_merge_to_attention_over_the_whole_cont
         for size in {page.shape[2] for page, _ in wave}:
             keys = torch.cat([k for k, _ in wave if k.shape[2] == size])
             values = torch.cat([v for _, v in wave if v.shape[2] == size])
-            parts.append(attend_pages(grouped, keys, values, scale=0.25))
+            parts.append(attend_parts(grouped, keys, values, scale=0.25))
     expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=0.25)
 
     at_once = merge(parts)
@@ -245,7 +245,7 @@ def test_masked_pages_merge_to_masked_attention_and_wholly_masked_ones_count_not
     masks = allowed[0, 0].repeat(2, 1)  # the two query heads of each key head
     pages = [(key[:, :, s : s + 8], value[:, :, s : s + 8], masks[None, None, :, s : s + 8]) for s in (16, 8, 0)]
     keys, values, masks = (torch.cat(column) for column in zip(*pages, strict=True))
-    total = merge([attend_pages(group_heads(query, 2), keys, values, scale=0.25, allowed=masks)])
+    total = merge([attend_parts(group_heads(query, 2), keys, values, scale=0.25, allowed=masks)])
     out = ungroup_heads(total.out, 4)
     expected, _ = softmax_by_hand(query, key, value, 0.25, allowed)
     agree(Partial(out, total.lse), expected)
@@ -254,7 +254,7 @@ def test_masked_pages_merge_to_masked_attention_and_wholly_masked_ones_count_not
 
 
 def test_merging_one_part_is_that_part():
-    part = attend_pages(*states(1, (2, 2), 2, 5, 16), scale=0.25)
+    part = attend_parts(*states(1, (2, 2), 2, 5, 16), scale=0.25)
     agree(merge([part]), part.out, part.lse, tolerance=0.0)
 
 
@@ -264,7 +264,7 @@ def test_the_mass_of_a_page_is_its_share_of_the_softmax(heads, n_pages, seed):
     query, key, value = states(1, heads, 1, 4 * n_pages, 8, seed)
     _, weights = softmax_by_hand(query, key, value, 0.5)
     keys, values = (torch.cat(pages_of(x, 4)) for x in (key, value))
-    part = attend_pages(group_heads(query, heads[1]), keys, values, scale=0.5)
+    part = attend_parts(group_heads(query, heads[1]), keys, values, scale=0.5)
     mass = page_mass(part.lse, merge([part]).lse)
     by_hand = weights[0, :, 0].reshape(heads[0], n_pages, 4).sum(-1).mean(0)
     torch.testing.assert_close(mass.double(), by_hand, atol=1e-5, rtol=1e-5)
@@ -285,7 +285,7 @@ def test_a_sink_is_one_more_part_of_the_merge(heads, n_queries, n_pages, softcap
     sinks = 2 * draw(heads[0], seed=seed + 3)
     expected, weights = softmax_by_hand(query, key, value, 0.5, None, softcap, sinks)
     keys, values = (torch.cat(pages_of(x, 4)) for x in (key, value))
-    part = attend_pages(group_heads(query, heads[1]), keys, values, scale=0.5, softcap=softcap)
+    part = attend_parts(group_heads(query, heads[1]), keys, values, scale=0.5, softcap=softcap)
     sink = sink_part(sinks, part)
     total = merge([part, sink])
     agree(Partial(ungroup_heads(total.out, heads[0]), total.lse), expected)
@@ -301,7 +301,7 @@ def test_a_page_that_nobody_may_see_has_no_mass():
     query, key, value = states(1, (2, 2), 1, 8, 16)
     keys, values = (torch.cat(pages_of(x, 4)) for x in (key, value))
     allowed = torch.tensor([True, False]).reshape(2, 1, 1, 1).expand(2, 1, 1, 4)
-    part = attend_pages(query, keys, values, scale=0.25, allowed=allowed)
+    part = attend_parts(query, keys, values, scale=0.25, allowed=allowed)
     mass = page_mass(part.lse, merge([part]).lse)
     torch.testing.assert_close(mass, torch.tensor([1.0, 0.0]))
 

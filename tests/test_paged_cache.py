@@ -291,7 +291,7 @@ def test_a_failed_generation_is_refused_until_reset_and_works_after(llama, monke
     import paged_layer
 
     prompt, cache = make_prompt(100), PagedKVCache(llama.config, **SMALL)
-    original, calls = paged_layer.attend_pages, []
+    original, calls = paged_layer.attend_parts, []
 
     def fail_late(*arguments, **options):
         calls.append(1)
@@ -299,7 +299,7 @@ def test_a_failed_generation_is_refused_until_reset_and_works_after(llama, monke
             raise MemoryError("on purpose")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(paged_layer, "attend_pages", fail_late)
+    monkeypatch.setattr(paged_layer, "attend_parts", fail_late)
     with cache.attached(llama):
         with pytest.raises(MemoryError, match="on purpose"):
             continue_prompt(llama, prompt, past_key_values=cache)

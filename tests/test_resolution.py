@@ -80,7 +80,7 @@ class Pages:
         numbers = {"page_size": PAGE_SIZE, "max_gpu_pages": 4, "staging_pages": 2, "link": "memory"} | paging
         self.paging = Paging(**numbers)
         self.transport, self.recorder = HeldTransport(), Recorder()
-        shape = (1, PAGE_SIZE, 1)
+        shape = (PAGE_SIZE, 2, 1, 1)
         self.store = PageStore(self.paging.slots, shape, torch.float32, torch.device("cpu"), self.transport)
         self.sequence = PagedSequence(0, self.paging, self.store, self.recorder, 0)
         self.recorder.begin_step("prefill")
@@ -103,8 +103,8 @@ class Pages:
             for page, slot in wave.items():
                 n_filled = min(PAGE_SIZE, self.sequence.n_tokens - page * PAGE_SIZE)
                 numbers = torch.arange(page * PAGE_SIZE, page * PAGE_SIZE + n_filled, dtype=torch.float32)
-                assert torch.equal(self.store.pool[slot, 0, 0, :n_filled, 0], numbers), f"page {page}"
-                assert torch.equal(self.store.pool[slot, 1, 0, :n_filled, 0], -numbers), f"page {page}"
+                assert torch.equal(self.store.pool[slot, :n_filled, 0, 0, 0], numbers), f"page {page}"
+                assert torch.equal(self.store.pool[slot, :n_filled, 1, 0, 0], -numbers), f"page {page}"
             yield sorted(wave)
 
     def ask(self, *wanted, **how):

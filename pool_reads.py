@@ -1,0 +1,142 @@
+"""How the pages of a wave are read from the pool: where they lie or gathered first, and how many to a part.
+
+A page is [P, 2, K, D], position by position, so pages that lie next to each other are one stretch of positions, and one
+kernel call attends to all of it. A stretch is cut into *parts* of equal length, the batch of the call: each part has an
+output and a log-sum-exp of its own, to be merged. Parts of one page tell what share of the attention each page got.
+Where nobody asks, parts are longer: as short as keeps every thread busy, since merging costs as well.
+
+Pages that do not lie next to each other are gathered into a block, unless there are so few stretches that a call for
+each is cheaper. The open page ends its stretch, which is attended to as far as it is written.
+
+A wave that comes again, as in exact attention where all pages fit, is planned once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+# What a further kernel call costs, as bytes that could be gathered meanwhile: 25 us at 10 GB/s on a CPU, and 10 us at
+# 2 TB/s on a GPU.
+CALL_BYTES = {"cpu": 2**18, "cuda": 2**24}
+MOST_GATHERED_BYTES = 2**26  # at a time; it comes on top of the budget for the moment
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Pages that are read together.
+
+    Attributes:
+        pages: page ids in the order in which they lie; the open page last, if it is among them.
+        pool: [n, P, 2, K, D], the pages in the pool; or the whole pool, to gather them from.
+        gathered: their places in the pool; None if they are read where they lie.
+        per_part: pages of a part; what is left over is a part of its own, with the open page.
+        ends_open: whether the last page is the open one.
+    """
+
+    pages: list[int]
+    pool: torch.Tensor
+    gathered: torch.Tensor | None
+    per_part: int
+    ends_open: bool
+
+    def parts(self, fill: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """What to attend to, call by call: pages, keys and values, each [parts, K, S, D].
+
+        Args:
+            fill: positions of the open page that are written.
+        """
+        whole, rest = self.whole_and_rest()
+        n_whole = 0 if whole is None else whole.shape[0] * self.per_part
+        if whole is not None:
+            yield self.pages[:n_whole], *keys_values(whole)
+        if rest is not None:
+            end = rest.shape[1] - self.pool.shape[1] + fill if self.ends_open else rest.shape[1]
+            yield self.pages[n_whole:], *keys_values(rest[:, :end])
+
+    def whole_and_rest(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The parts of `per_part` pages, [parts, S, 2, K, D], and what is left over, [1, S, 2, K, D], with all of the
+        open page; None where there are none. Less than two parts are not worth a call of their own."""
+        block = self.pool if self.gathered is None else self.pool.index_select(0, self.gathered)
+        n_full, size = len(self.pages) - self.ends_open, block.shape[1]
+        n_parts = n_full // self.per_part
+        if self.per_part > 1 and n_parts == 1:
+            n_parts = 0
+        positions, n_whole = block.flatten(0, 1), n_parts * self.per_part * size  # [n * P, 2, K, D]
+        whole = positions[:n_whole].unflatten(0, (n_parts, self.per_part * size)) if n_parts else None
+        return whole, positions[n_whole:].unsqueeze(0) if n_whole < positions.shape[0] else None
+
+
+def keys_values(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[parts, S, 2, K, D] -> keys and values, each [parts, K, S, D]."""
+    return parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """How one wave is read, and what that depends on."""
+
+    wave: dict[int, int]
+    open_page: int | None
+    pool: torch.Tensor
+    per_part: int
+    stretches: list[Stretch]
+
+    def serves(self, wave: dict[int, int], open_page: int | None, pool: torch.Tensor, per_part: int) -> bool:
+        """Whether this is the plan for a wave; the very same one, as that costs nothing to compare."""
+        return self.wave is wave and self.pool is pool and self.open_page == open_page and self.per_part == per_part
+
+
+def plan_reads(
+    wave: dict[int, int],
+    open_page: int | None,
+    pool: torch.Tensor,
+    per_part: int,
+    most_pages: int,
+    index_of: Callable[[Sequence[int]], torch.Tensor],
+) -> ReadPlan:
+    """Plan a wave.
+
+    Args:
+        wave: `{page: slot}`.
+        open_page: the page that is still filling, whether in the wave or not; None if there is none.
+        pool: [n_slots, P, 2, K, D].
+        per_part: pages of a part, at least 1.
+        most_pages: that may be read together, at least 1.
+        index_of: makes an index on the pool's device.
+    """
+    placed = sorted((slot, page) for page, slot in wave.items())
+    runs = _runs(placed, open_page, most_pages)
+    spared = (len(placed) - len(runs[0]) if runs else 0) * pool[0].nbytes
+    if (len(runs) - 1) * CALL_BYTES.get(pool.device.type, 0) > spared:
+        placed.sort(key=lambda one: one[1] == open_page)  # the open page last
+        at_once = max(1, min(most_pages, MOST_GATHERED_BYTES // pool[0].nbytes))
+        runs = [placed[start : start + at_once] for start in range(0, len(placed), at_once)]
+    stretches = []
+    for run in runs:
+        slots, pages = zip(*run, strict=True)
+        in_place = slots[-1] - slots[0] == len(slots) - 1 and slots == tuple(range(slots[0], slots[-1] + 1))
+        stretches.append(
+            Stretch(
+                list(pages),
+                pool[slots[0] : slots[-1] + 1] if in_place else pool,
+                None if in_place else index_of(slots),
+                per_part,
+                pages[-1] == open_page,
+            )
+        )
+    return ReadPlan(wave, open_page, pool, per_part, stretches)
+
+
+def _runs(placed: Sequence[tuple[int, int]], open_page: int | None, most_pages: int) -> list[list[tuple[int, int]]]:
+    """`(slot, page)` by the stretches in which they lie; the open page ends one."""
+    runs: list[list[tuple[int, int]]] = []
+    for slot, page in placed:
+        last = runs[-1] if runs else None
+        if last and slot == last[-1][0] + 1 and last[-1][1] != open_page and len(last) < most_pages:
+            last.append((slot, page))
+        else:
+            runs.append([(slot, page)])
+    return runs

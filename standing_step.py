@@ -1,0 +1,80 @@
+"""A decode step like the one before it: every page is where it was, and one more position of the open page is written.
+
+Where all pages fit on the device, this is every decode step but the few in which a page fills or opens. Such a step
+needs no request, no plan and no table, only to write its key and value, to attend, and to be counted. What stays the
+same is kept from the step before, as views of the pool, and a step costs about what a preallocated cache does.
+
+It is no other way to attend: the views are those that the plan of the step before gave, and the kernel calls, the
+counts and the answer are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from layer_pages import LayerPages
+from paged_attention import Partial, attend_parts, group_heads, merged_output, side_by_side, ungroup_heads
+from pool_reads import ReadPlan, keys_values
+
+
+class StandingStep:
+    """What the next decode step of a layer may repeat.
+
+    Args:
+        pages: of the layer; with one sequence, whose last request was answered by `plan.wave`.
+        plan: of that wave: one stretch, in place, that ends with the open page.
+        scale: factor on the scores.
+    """
+
+    def __init__(self, pages: LayerPages, plan: ReadPlan, scale: float):
+        (self._stretch,) = plan.stretches
+        self._pages, self._sequence, self._scale, self._wave = pages, pages.sequences[0], scale, plan.wave
+        self._pool, self._kind = plan.pool, pages.kind
+        self._n_tokens = self._sequence.n_tokens
+        whole, rest = self._stretch.whole_and_rest()
+        self._whole = None if whole is None else keys_values(whole)
+        self._rest = keys_values(rest)  # to its end, of which a step takes what is written
+        size = pages.paging.page_size
+        self._n_before = rest.shape[1] - size  # positions of the rest before the open page
+        self._last = (self._n_tokens // size + 1) * size - 1  # the position that fills the open page
+        self._open_page = self._stretch.pool[-1]  # [P, 2, K, D]
+        self._fill = self._n_tokens % size
+
+    @classmethod
+    def after(cls, pages: LayerPages, plan: ReadPlan, scale: float) -> StandingStep | None:
+        """What the step after the one that read by `plan` may repeat; None if it has to be asked for anew."""
+        one_stretch = len(plan.stretches) == 1 and plan.stretches[0].gathered is None and plan.stretches[0].ends_open
+        sequence = pages.sequences[0]
+        if not one_stretch or pages.batch_size > 1 or not sequence.answers_again(plan.wave):
+            return None
+        return cls(pages, plan, scale)
+
+    def serves(self, pages: LayerPages | None, query: torch.Tensor, key: torch.Tensor, scale: float) -> bool:
+        """Whether the step now is that one."""
+        return (
+            pages is self._pages
+            and self._sequence.n_tokens == self._n_tokens < self._last
+            and self._sequence.answers_again(self._wave)
+            and pages.sequences[0] is self._sequence
+            and pages.store.pool is self._pool
+            and query.shape[2] == 1
+            and not key.requires_grad
+            and (*key.shape[:2], key.shape[3], key.dtype, key.device) == self._kind
+            and scale == self._scale
+        )
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Write `[1, K, 1, D]` and attend from `[1, H, 1, D]` to all there is; the same shape, float32."""
+        n_kv_heads, head_dim = key.shape[1], key.shape[3]
+        written = self._open_page.select(0, self._fill)  # [2, K, D]
+        torch.cat((key.view(1, n_kv_heads, head_dim), value.view(1, n_kv_heads, head_dim)), out=written)
+        self._fill += 1
+        self._n_tokens += 1
+        self._sequence.n_tokens = self._pages.n_tokens = self._n_tokens
+        grouped, end = group_heads(query, n_kv_heads), self._n_before + self._fill
+        keys, values = self._rest
+        rest = attend_parts(grouped, keys.narrow(2, 0, end), values.narrow(2, 0, end), scale=self._scale)
+        parts: list[Partial] = [rest]
+        if self._whole is not None:
+            parts.insert(0, attend_parts(grouped, *self._whole, scale=self._scale))
+        return ungroup_heads(merged_output(side_by_side(parts)), query.shape[1])

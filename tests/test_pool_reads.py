@@ -1,0 +1,109 @@
+"""How pages are read from the pool: each written position once, wherever pages lie, however they are put in parts."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pool_reads
+from paged_attention import attend_parts, merged_output, plain_attention_with_lse, side_by_side
+from pool_reads import plan_reads
+
+K, D = 2, 8
+
+
+@st.composite
+def waves(draw):
+    """(page size, number of slots, `{page: slot}`, open page, positions of it that are written)."""
+    size = draw(st.integers(1, 4))
+    n_slots = draw(st.integers(1, 12))
+    n_pages = draw(st.integers(1, n_slots))
+    slots = draw(st.permutations(range(n_slots)))[:n_pages]
+    if draw(st.booleans()):
+        slots = sorted(slots)
+    pages = draw(st.permutations(range(n_pages)))
+    open_page = draw(st.sampled_from([None, *range(n_pages), 99]))
+    return size, n_slots, dict(zip(pages, slots, strict=True)), open_page, draw(st.integers(1, size))
+
+
+def plan(wave, open_page, pool, per_part, most=10**6):
+    return plan_reads(wave, open_page, pool, per_part, most, torch.tensor)
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=waves(), per_part=st.integers(1, 5), most=st.integers(1, 12), call_bytes=st.sampled_from([0, 200, 10**9]))
+def test_every_written_position_is_read_once_and_is_that_of_its_page(case, per_part, most, call_bytes):
+    size, n_slots, wave, open_page, fill = case
+    pool = torch.arange(n_slots * size * 2 * K * D, dtype=torch.float32).reshape(n_slots, size, 2, K, D)
+    before, pool_reads.CALL_BYTES = pool_reads.CALL_BYTES, {"cpu": call_bytes}
+    try:
+        made = plan(wave, open_page, pool, per_part, most)
+    finally:
+        pool_reads.CALL_BYTES = before
+    read = {}
+    for stretch in made.stretches:
+        for pages, keys, values in stretch.parts(fill):
+            assert len(pages) <= most
+            keys, values = keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)  # [positions, K, D]
+            for page in pages:
+                n = fill if page == open_page else size
+                assert page not in read
+                read[page] = keys[:n], values[:n]
+                keys, values = keys[n:], values[n:]
+            assert len(keys) == 0
+            assert per_part > 1 or page_shares_known(pages, made, stretch)
+    assert read.keys() == wave.keys()
+    for page, slot in wave.items():
+        n = fill if page == open_page else size
+        assert torch.equal(read[page][0], pool[slot, :n, 0])
+        assert torch.equal(read[page][1], pool[slot, :n, 1])
+
+
+def page_shares_known(pages, made, stretch) -> bool:
+    """With one page to a part, the open page is by itself or the only one left over."""
+    return made.open_page not in pages or pages == [made.open_page]
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=waves(), per_part=st.integers(1, 5), seed=st.integers(0, 99))
+def test_the_merged_parts_are_attention_over_all_of_it(case, per_part, seed):
+    size, n_slots, wave, open_page, fill = case
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randn(n_slots, size, 2, K, D, generator=generator)
+    query = torch.randn(1, K, 3, D, generator=generator)
+    parts = [
+        attend_parts(query, keys, values, scale=0.5)
+        for stretch in plan(wave, open_page, pool, per_part).stretches
+        for _, keys, values in stretch.parts(fill)
+    ]
+    together = torch.cat([pool[slot, : fill if page == open_page else size] for page, slot in wave.items()])
+    keys, values = together.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+    expected, _ = plain_attention_with_lse(query, keys, values, 0.5, False, None)
+    assert torch.allclose(merged_output(side_by_side(parts)), expected, atol=1e-5)
+
+
+def test_pages_next_to_each_other_are_read_where_they_lie():
+    pool = torch.zeros(8, 4, 2, K, D)
+    (stretch,) = plan({3: 2, 4: 3, 5: 4}, 5, pool, 1).stretches
+    assert stretch.gathered is None and stretch.pool.data_ptr() == pool[2].data_ptr() and stretch.ends_open
+
+
+def test_scattered_pages_are_gathered_and_the_open_one_comes_last():
+    pool = torch.zeros(64, 4, 2, K, D)
+    (stretch,) = plan({page: 2 * page for page in range(20)}, 7, pool, 1).stretches
+    assert stretch.gathered is not None and stretch.pages[-1] == 7
+
+
+def test_few_long_stretches_are_not_gathered():
+    pool = torch.zeros(9, 256, 2, K, 64)
+    stretches = plan({page: page + (page > 3) for page in range(8)}, None, pool, 1).stretches
+    assert [stretch.pages for stretch in stretches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert all(stretch.gathered is None for stretch in stretches)
+
+
+def test_what_is_gathered_at_a_time_is_bounded(monkeypatch):
+    pool = torch.zeros(64, 4, 2, K, D)
+    monkeypatch.setattr(pool_reads, "MOST_GATHERED_BYTES", 5 * pool[0].nbytes)
+    stretches = plan({page: 2 * page for page in range(20)}, None, pool, 1).stretches
+    assert [len(stretch.pages) for stretch in stretches] == [5, 5, 5, 5]

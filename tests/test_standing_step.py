@@ -1,0 +1,165 @@
+"""A step that repeats the one before it does just what asking anew would have done: same bits, same counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import CONFIGS, continue_prompt, make_model, make_prompt
+
+import paged_layer
+from kv_paging import PagedKVCache
+from page_policies import LFU
+from predictive_prefetch import PrefetchingKVCache
+from standing_step import StandingStep
+
+ROOMY = {"page_size": 16, "max_gpu_pages": 20, "staging_pages": 2, "link": "memory"}
+N_PROMPT, N_NEW, N_LAYERS = 90, 60, 2
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model(CONFIGS["llama_gqa"])
+
+
+class Counted(StandingStep):
+    """A standing step that counts how often it stood in for a request."""
+
+    times = 0
+
+    def attend(self, query, key, value):
+        Counted.times += 1
+        return super().attend(query, key, value)
+
+
+@pytest.fixture
+def repeats(monkeypatch):
+    """Tells how many steps of layers were repeats."""
+    Counted.times = 0
+    monkeypatch.setattr(paged_layer, "StandingStep", Counted)
+    return lambda: Counted.times
+
+
+def logits_and_counts(model, cache, n_prompt=N_PROMPT, n_new=N_NEW, change=None):
+    """The logits of every step, and what was counted but for times; `change` is done to the cache midway."""
+    ids, logits = make_prompt(n_prompt).ids, []
+    cache.prompt_tokens = n_prompt
+    with cache.attached(model), torch.inference_mode():
+        out = model(ids, past_key_values=cache).logits[:, -1:]
+        for step in range(n_new):
+            if change is not None and step == n_new // 2:
+                change(cache)
+            out = model(out.argmax(-1), past_key_values=cache).logits
+            logits.append(out)
+    counts = [
+        {name: value for name, value in one.items() if not name.endswith("_ms")} for one in cache.recorder.step_dicts()
+    ]
+    return torch.cat(logits), counts, cache.recorder.request_dicts()
+
+
+def asking_anew(monkeypatch):
+    monkeypatch.setattr(paged_layer.StandingStep, "after", classmethod(lambda cls, *args: None))
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 16, 64, 256])
+@pytest.mark.parametrize("policy", ["lru", "mru", "fifo", "lfu", "clock", "s3fifo"])
+def test_a_repeated_step_gives_the_same_bits_and_counts_as_one_that_asks(
+    llama, monkeypatch, repeats, policy, page_size
+):
+    settings = ROOMY | {"page_size": page_size, "policy": policy, "max_gpu_pages": 160, "record_pages": True}
+    fast = logits_and_counts(llama, PagedKVCache(llama.config, **settings))
+    boundaries = len([n for n in range(N_PROMPT, N_PROMPT + N_NEW) if n % page_size in (0, page_size - 1)])
+    assert repeats() >= N_LAYERS * (N_NEW - 2 * boundaries - 2) if page_size > 2 else repeats() == 0
+    asking_anew(monkeypatch)
+    before = repeats()
+    slow = logits_and_counts(llama, PagedKVCache(llama.config, **settings))
+    assert repeats() == before
+    assert torch.equal(fast[0], slow[0])
+    assert fast[1:] == slow[1:]
+
+
+def crop(cache):
+    cache.crop(-3)
+
+
+def crop_to_a_whole_page(cache):
+    cache.crop(-(cache.get_seq_length() % 16))
+
+
+def reorder(cache):
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([1]))
+
+
+def evict(cache):
+    """A page goes by a way that attention has no part in, and must be fetched again."""
+    for layer in cache.paged_layers:
+        layer.pages.store.drain()
+        table = layer.pages.sequences[0].table
+        table.evict({page for page in table.resident if page != 2})
+
+
+@pytest.mark.parametrize("change", [crop, crop_to_a_whole_page, reorder, evict])
+def test_what_changes_the_pages_ends_the_repeats_and_changes_no_answer(llama, monkeypatch, repeats, change):
+    fast = logits_and_counts(llama, PagedKVCache(llama.config, **ROOMY), change=change)
+    assert repeats() > N_LAYERS * N_NEW // 3
+    asking_anew(monkeypatch)
+    slow = logits_and_counts(llama, PagedKVCache(llama.config, **ROOMY), change=change)
+    assert torch.equal(fast[0], slow[0])
+    assert fast[1] == slow[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_gpu_pages": 4},  # pages are fetched in every step
+        {"selector": "quest", "attention_fraction": 0.5},
+        {"policy": "attention"},  # has to be told what each page's share was
+        {"access_order": "position"},
+    ],
+    ids=str,
+)
+def test_no_step_is_repeated_where_something_has_to_be_asked_or_told(llama, repeats, settings):
+    logits_and_counts(llama, PagedKVCache(llama.config, **ROOMY | settings))
+    assert repeats() == 0
+
+
+def test_a_predictor_that_learns_from_shares_is_told_of_every_step(llama, repeats):
+    logits_and_counts(llama, PrefetchingKVCache(llama.config, **ROOMY, predictor="ema", prefetch_k=1))
+    assert repeats() == 0
+
+
+def test_a_predictor_that_does_not_hears_of_every_request(llama, repeats):
+    heard = []
+
+    class Hearing(PrefetchingKVCache):
+        def look_ahead(self, layer, sequence, wanted):
+            heard.append((self.phase, layer.layer_idx, list(wanted)))
+            super().look_ahead(layer, sequence, wanted)
+
+    logits_and_counts(llama, Hearing(llama.config, **ROOMY, predictor="frequency", prefetch_k=1))
+    assert repeats() > N_LAYERS * N_NEW // 2
+    decode = [wanted for phase, layer, wanted in heard if phase == "decode" and layer == 0]
+    assert decode == [list(range(-(-n // 16))) for n in range(N_PROMPT + 1, N_PROMPT + N_NEW + 1)]
+
+
+def test_two_rows_and_padding_ask_for_their_pages(llama, repeats):
+    for prompt in (make_prompt(40, batch=2), make_prompt(40, padding=7)):
+        cache = PagedKVCache(llama.config, **ROOMY)
+        with cache.attached(llama):
+            ours = continue_prompt(llama, prompt, past_key_values=cache)
+        assert torch.equal(ours, continue_prompt(llama, prompt))
+    assert repeats() == 0
+
+
+def test_a_policy_that_touches_in_its_own_way_is_told_of_every_step(llama, repeats, monkeypatch):
+    touched, original = [], LFU.touch
+
+    def touch(self, page):
+        touched.append(page)
+        original(self, page)
+
+    monkeypatch.setattr(LFU, "touch", touch)
+    logits_and_counts(llama, PagedKVCache(llama.config, **ROOMY, policy="lfu"))
+    assert repeats() > N_LAYERS * N_NEW // 2
+    per_step = [-(-n // 16) for n in range(N_PROMPT + 1, N_PROMPT + N_NEW + 1)]
+    assert len(touched) == N_LAYERS * sum(per_step)
