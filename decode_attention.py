@@ -1,6 +1,6 @@
 """What one decode step's attention of a layer tells beside its output: which share of it each page received.
 
-Pages attended to as parts of their own have a log-sum-exp each, and the share of a page is what its own is of the total.
+Pages attended to as parts of their own have a log-sum-exp each; a page's share is what its own is of the total one.
 Policies and predictors learn from these shares, and so does the judge of a selection. Nobody else needs them, and then
 parts are longer than pages (see pool_reads.py) and this is not made.
 """

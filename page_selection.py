@@ -74,6 +74,9 @@ def _zeros(n_rows: int, n_pages: int, like: torch.Tensor) -> torch.Tensor:
         return torch.zeros((n_rows, n_pages, *like.shape[1:]), dtype=like.dtype, device=like.device)
 
 
+UNRANKED = -1  # stands for every page where one has a score that cannot be ranked
+
+
 @dataclass(frozen=True)
 class Choice:
     """The pages that one sequence attends to in one layer of one decode step.
@@ -119,28 +122,25 @@ def choose_pages(
     if n_attended < len(always):
         raise ValueError(f"{len(always)} pages are always attended to, which is more than {n_attended}")
     runs = _runs_without(always, n_scored)
-    candidates = [page for run in runs for page in range(run.start, run.stop)]
-    n_chosen = min(n_attended - len(always), len(candidates))
+    n_candidates = sum(run.stop - run.start for run in runs)
+    n_chosen = min(n_attended - len(always), n_candidates)
     if n_chosen == 0:
         return Choice(sorted(always), None)
 
-    wanted = torch.cat([scores[run] for run in runs]).float()
-    shares = _log_shares(wanted, per_kv_head)  # [candidates, K], or [candidates, 1]
+    wanted = scores[runs[0]] if len(runs) == 1 else torch.cat([scores[run] for run in runs])
+    shares = _shares(wanted, per_kv_head)  # [candidates, K], or [candidates, 1]
     top = shares.sort(dim=0, descending=True, stable=True).indices[:n_chosen]  # topk leaves the order of ties open
-    unranked = (wanted.isnan() | (wanted == math.inf)).any().long().unsqueeze(0)
+    ranked = wanted.amax() < math.inf  # not so if any is NaN, either
+    candidates = _Candidates(runs)
     if not per_kv_head:
-        *places, failed = torch.cat([top[:, 0], unranked]).tolist()
-        _require_ranked(failed)
-        return Choice(sorted(always) + [candidates[place] for place in places], None)
+        return Choice(sorted(always) + candidates.pages(torch.where(ranked, top[:, 0], UNRANKED).tolist()), None)
 
     chosen = torch.zeros_like(shares, dtype=torch.bool).scatter_(0, top, True)
     by_any = chosen.any(1)
-    # What no head chose goes behind all that one did, also behind a page whose share is -inf.
-    best = shares.amax(1).clamp(min=torch.finfo(shares.dtype).min).masked_fill(~by_any, -math.inf)
+    best = shares.amax(1).masked_fill(~by_any, -1.0)  # what no head chose goes behind all that one did
     order = best.sort(descending=True, stable=True).indices[: top.numel()]
-    *places, count, failed = torch.cat([order, by_any.sum().unsqueeze(0), unranked]).tolist()
-    _require_ranked(failed)
-    pages = sorted(always) + [candidates[place] for place in places[:count]]
+    *places, count = torch.where(ranked, torch.cat([order, by_any.sum().unsqueeze(0)]), UNRANKED).tolist()
+    pages = sorted(always) + candidates.pages(places[:count] if places[0] != UNRANKED else places)
     if count == n_chosen:
         return Choice(pages, None)
     heads = torch.ones((n_pages, n_kv_heads), dtype=torch.bool, device=scores.device)
@@ -157,18 +157,36 @@ def page_shares(scores: torch.Tensor) -> torch.Tensor:
     return scores.float().softmax(0).nan_to_num(nan=0.0).mean((1, 2))
 
 
-def _require_ranked(failed: int) -> None:
-    if failed:
-        raise ValueError("a page's score is NaN or +inf: the keys or the query are, or the selector overflowed")
+@dataclass(frozen=True)
+class _Candidates:
+    """The pages there are to choose from, in the stretches in which they lie."""
+
+    runs: list[slice]
+
+    def pages(self, places: list[int]) -> list[int]:
+        """Page numbers of places among them.
+
+        Raises:
+            ValueError: the places are UNRANKED.
+        """
+        if places[0] == UNRANKED:
+            raise ValueError("a page's score is NaN or +inf: the keys or the query are, or the selector overflowed")
+        if len(self.runs) == 1:
+            first = self.runs[0].start
+            return [first + place for place in places]
+        pages = [page for run in self.runs for page in range(run.start, run.stop)]
+        return [pages[place] for place in places]
 
 
-def _log_shares(scores: torch.Tensor, per_kv_head: bool) -> torch.Tensor:
-    """The logarithm of each page's share, summed over query heads: [n, K, G] -> [n, K], or [n, 1] over all heads.
+def _shares(scores: torch.Tensor, per_kv_head: bool) -> torch.Tensor:
+    """Each page's share, summed over query heads: [n, K, G] -> [n, K], or [n, 1] over all heads.
 
-    A sum ranks as a mean does. In logarithms, because shares below what float32 can hold must still be ranked.
+    A sum ranks as a mean does. In float64, because shares far below what float32 can hold must still be ranked.
     """
-    shares = scores.log_softmax(0).nan_to_num(nan=-math.inf, neginf=-math.inf)  # NaN: a head with nothing but -inf
-    return shares.logsumexp(2) if per_kv_head else shares.logsumexp((1, 2)).unsqueeze(1)
+    by_head = (
+        scores.permute(1, 2, 0).softmax(-1, dtype=torch.float64).nan_to_num(0.0)
+    )  # NaN: a head of nothing but -inf
+    return by_head.sum(1).T if per_kv_head else by_head.sum((0, 1)).unsqueeze(1)
 
 
 def _runs_without(pages: Collection[int], n: int) -> list[slice]:

@@ -54,7 +54,7 @@ class Selector(Protocol):
 def _dot(query: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """[K, G, D] with a vector of each page, [n, K, D] -> [n, K, G] float32."""
     # In float32: bfloat16 has 8 bits, which leaves logits of 40 in steps of a quarter.
-    return (vectors.float().transpose(0, 1) @ query.float().transpose(1, 2)).transpose(0, 1)
+    return (query.float() @ vectors.float().permute(1, 2, 0)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

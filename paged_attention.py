@@ -53,6 +53,7 @@ def attention_with_lse(
     scale: float,
     causal: bool = False,
     allowed: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> Partial:
     """Fused scaled dot-product attention that also returns the log-sum-exp.
@@ -63,27 +64,42 @@ def attention_with_lse(
         scale: factor on the scores.
         causal: query i sees keys 0..i (T == S).
         allowed: bool, broadcastable to [N, 1, T, S]; True where a key may be seen. Not together with `causal`.
+        bias: the same as numbers in the query's dtype, 0 where a key may be seen and else -inf, of one shape with the
+            scores, for who can say that every query sees a key: that costs nothing, and `allowed` has to be read.
         softcap: bounds the scaled scores s smoothly, softcap * tanh(s / softcap), as in Gemma 2
             (https://arxiv.org/abs/2408.00118); no fused kernel does that, so it takes the plain path.
     """
-    fused = None if softcap is not None else _fused_kernel(query, value, allowed)
+    masked = allowed is not None or bias is not None
+    fused = None if softcap is not None else _fused_kernel(query, value, masked)
     if fused is None:
-        out, lse = plain_attention_with_lse(query, key, value, scale, causal, allowed, softcap)
+        seen = allowed if bias is None else bias == 0
+        out, lse = plain_attention_with_lse(query, key, value, scale, causal, seen, softcap)
     else:
-        out, lse = fused(query, key, value, scale, causal, allowed)
+        out, lse = fused(query, key, value, scale, causal, bias if allowed is None else _bias_of(allowed, query, key))
     if allowed is not None:
         # The kernels give rows without any allowed key an arbitrary finite log-sum-exp.
         lse = lse.masked_fill(~allowed.any(-1).expand_as(lse), NEGATIVE_INFINITY)
     return Partial(out.float(), lse.float())
 
 
-def _fused_kernel(query: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None):
+def takes_bias(device: torch.device) -> bool:
+    """Whether the fused kernel of a device can leave keys out."""
+    return device.type == "cpu"
+
+
+def _bias_of(allowed: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    bias = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
+    bias = bias.masked_fill(~allowed, NEGATIVE_INFINITY)
+    return bias.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+
+
+def _fused_kernel(query: torch.Tensor, value: torch.Tensor, masked: bool):
     """The fused kernel that serves these inputs, or None."""
     if query.shape[-1] != value.shape[-1]:
         return None
     if query.device.type == "cpu":
         return _cpu_flash
-    if query.device.type != "cuda" or allowed is not None or query.shape[-1] % 8 or query.shape[-1] > 256:
+    if query.device.type != "cuda" or masked or query.shape[-1] % 8 or query.shape[-1] > 256:
         return None
     if query.dtype is torch.float32:
         return _cuda_efficient
@@ -92,24 +108,19 @@ def _fused_kernel(query: torch.Tensor, value: torch.Tensor, allowed: torch.Tenso
     return _cuda_efficient if query.dtype is torch.float16 else None  # before Ampere: no flash kernel, no bfloat16
 
 
-def _cpu_flash(query, key, value, scale, causal, allowed):
-    mask = None
-    if allowed is not None:
-        mask = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
-        mask = mask.masked_fill(~allowed, NEGATIVE_INFINITY)
-        mask = mask.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+def _cpu_flash(query, key, value, scale, causal, bias):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+        query, key, value, 0.0, causal, attn_mask=bias, scale=scale
     )
 
 
-def _cuda_flash(query, key, value, scale, causal, allowed):
+def _cuda_flash(query, key, value, scale, causal, bias):
     key, value = _repeat_heads(query, key, value)
     result = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
     return result[0], result[1]
 
 
-def _cuda_efficient(query, key, value, scale, causal, allowed):
+def _cuda_efficient(query, key, value, scale, causal, bias):
     key, value = _repeat_heads(query, key, value)
     out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, None, True, 0.0, causal, scale=scale
@@ -201,6 +212,7 @@ def attend_parts(
     *,
     scale: float,
     allowed: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> Partial:
     """Attention of one sequence's query over each of n parts of the context separately, such as pages.
@@ -209,7 +221,7 @@ def attend_parts(
         grouped_query: [1, K, R, D], R = G*T rows.
         keys, values: [n, K, S, D].
         allowed: bool [n, 1, R or 1, S], or None.
-        softcap: as in `attention_with_lse`.
+        bias: [n, 1, 1, S], or None; this and `softcap` as in `attention_with_lse`.
 
     Returns:
         A Partial with out [n, K, R, D] and lse [n, K, R].
@@ -223,11 +235,13 @@ def attend_parts(
     ):
         # The kernel shares out parts and heads among the threads, so few of them leave threads idle.
         query = grouped_query.reshape(1, n_kv_heads * n_rows, 1, head_dim).expand(n_parts, -1, -1, -1)
-        part = attention_with_lse(query, keys, values, scale=scale, allowed=allowed, softcap=softcap)
+        part = attention_with_lse(query, keys, values, scale=scale, bias=bias, softcap=softcap)
         shape = n_parts, n_kv_heads, n_rows
         return Partial(part.out.reshape(*shape, head_dim), part.lse.reshape(shape))
     query = grouped_query.expand(n_parts, -1, -1, -1)
-    return attention_with_lse(query, keys, values, scale=scale, allowed=allowed, softcap=softcap)
+    if bias is not None:
+        bias = bias.expand(-1, -1, n_rows, -1)
+    return attention_with_lse(query, keys, values, scale=scale, allowed=allowed, bias=bias, softcap=softcap)
 
 
 def sink_part(sinks: torch.Tensor, like: Partial) -> Partial:
@@ -272,11 +286,14 @@ def side_by_side(parts: Sequence[Partial]) -> Partial:
     return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
 
 
-def merged_output(together: Partial) -> torch.Tensor:
-    """The output of n parts merged, [1, K, R, D], for when nothing is left to be merged with it."""
+def merged_output(together: Partial, all_see: bool = False) -> torch.Tensor:
+    """The output of n parts merged, [1, K, R, D], for when nothing is left to be merged with it; `all_see` says that
+    every row saw a key."""
     if together.lse.shape[0] == 1:
         return together.out
-    weights = together.lse.softmax(0).nan_to_num(0.0)  # NaN: a row that saw no key
+    weights = together.lse.softmax(0)
+    if not all_see:
+        weights = weights.nan_to_num(0.0)  # of a row that saw no key it is NaN
     return (weights.unsqueeze(-1) * together.out).sum(0, keepdim=True)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -393,7 +394,7 @@ class PagedLayer(CacheLayerMixin):
         if rule.sinks is not None:
             merged.append(sink_part(rule.sinks, like=merged[0]))
         together = side_by_side(merged)
-        out = ungroup_heads(merged_output(together), n_heads)
+        out = ungroup_heads(merged_output(together, all_see=length == 1 and reading.heads is None), n_heads)
         self._spent_attending(started)
         if is_told:
             attention = DecodeAttention(seen, together.lse)
@@ -418,12 +419,12 @@ class PagedLayer(CacheLayerMixin):
             most = per_part * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
             plan = self._plans[sequence.lane] = plan_reads(wave, open_page, pool, per_part, most, self._index)
         for stretch in plan.stretches:
-            for pages, keys, values in stretch.parts(fill):
-                yield pages, attend_parts(grouped, keys, values, scale=rule.scale, softcap=rule.softcap)
+            for pages, keys, values, bias in stretch.parts(fill):
+                yield pages, attend_parts(grouped, keys, values, scale=rule.scale, bias=bias, softcap=rule.softcap)
 
     def _index(self, places: Sequence[int]) -> torch.Tensor:
         """Places as an index on the device. From pinned memory, as a pageable copy would make the host wait."""
         device = self.pages.kind[-1]
         if device.type != "cuda":
-            return torch.tensor(places, device=device)
+            return torch.from_numpy(np.array(places)).to(device)
         return torch.tensor(places, pin_memory=True).to(device, non_blocking=True)

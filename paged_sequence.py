@@ -83,15 +83,20 @@ class PagedSequence:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write `[K, T, D]` into pages, and seal each page that fills. Gradients are not followed into them."""
-        keys, values = keys.detach(), values.detach()
+        if keys.requires_grad or values.requires_grad:
+            keys, values = keys.detach(), values.detach()
         size, length, written = self.paging.page_size, keys.shape[1], 0
         while written < length:
             page, offset = divmod(self.n_tokens, size)
             count = min(size - offset, length - written)
             slot = self._open(page) if offset == 0 else self.table.resident[page]
-            target = self.store.pool[slot].narrow(0, offset, count).transpose(0, 2)  # [K, 2, count, D]
-            target.select(1, 0).copy_(keys.narrow(1, written, count))
-            target.select(1, 1).copy_(values.narrow(1, written, count))
+            page_now = self.store.pool[slot]
+            if offset == 0 and count < size:
+                page_now.zero_()  # attention takes what is not written times 0, which only NaN outlives
+            part = (keys, values)
+            if count < length:
+                part = (keys.narrow(1, written, count), values.narrow(1, written, count))
+            torch.stack(part, out=page_now.narrow(0, offset, count).permute(1, 2, 0, 3))  # [2, K, count, D]
             written += count
             self.n_tokens += count
             if offset + count == size:
@@ -271,7 +276,7 @@ class PagedSequence:
         if not as_set:
             return self._one_by_one(order, pinned, plain, look_ahead)
         resolution = Resolution(self, order, pinned, plain, look_ahead, skips=skips)
-        if len(of_all_slots) == len(order):
+        if len(of_all_slots) == len(order) == self.n_pages:  # selected pages are hardly ever the same again
             self._standing = resolution.standing()
         return resolution
 

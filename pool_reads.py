@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-# What a further kernel call costs, as bytes that could be gathered meanwhile: 25 us at 10 GB/s on a CPU, and 10 us at
-# 2 TB/s on a GPU.
-CALL_BYTES = {"cpu": 2**18, "cuda": 2**24}
+from paged_attention import NEGATIVE_INFINITY, takes_bias
+
+# What a further kernel call costs, as bytes that could be gathered meanwhile: 70 us at 15 GB/s on a CPU (measured in a
+# model, where nothing is in the processor's caches), and 10 us at 2 TB/s on a GPU (an estimate).
+CALL_BYTES = {"cpu": 2**20, "cuda": 2**24}
 MOST_GATHERED_BYTES = 2**26  # at a time; it comes on top of the budget for the moment
 
 
@@ -31,8 +34,9 @@ class Stretch:
     Attributes:
         pages: page ids in the order in which they lie; the open page last, if it is among them.
         pool: [n, P, 2, K, D], the pages in the pool; or the whole pool, to gather them from.
-        gathered: their places in the pool; None if they are read where they lie.
-        per_part: pages of a part; what is left over is a part of its own, with the open page.
+        gathered: places in the pool of the pages to gather; None if they are read where they lie. With further ones
+            behind that fill up the last part, where the kernel can leave them out again.
+        per_part: pages of a part.
         ends_open: whether the last page is the open one.
     """
 
@@ -42,24 +46,31 @@ class Stretch:
     per_part: int
     ends_open: bool
 
-    def parts(self, fill: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        """What to attend to, call by call: pages, keys and values, each [parts, K, S, D].
+    def parts(self, fill: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """What to attend to, call by call: pages, keys and values [parts, K, S, D], and their bias, if any.
 
         Args:
             fill: positions of the open page that are written.
         """
-        whole, rest = self.whole_and_rest()
+        block = self.pool if self.gathered is None else self.pool.index_select(0, self.gathered)
+        size = block.shape[1]
+        end = (len(self.pages) - 1) * size + fill if self.ends_open else len(self.pages) * size
+        n_parts = block.shape[0] // self.per_part
+        if self.gathered is not None and n_parts > 1 and takes_bias(block.device):
+            length = self.per_part * size
+            bias = None if end == n_parts * length else _bias(n_parts, length, end, block.dtype, block.device)
+            yield self.pages, *keys_values(block.flatten(0, 1).unflatten(0, (n_parts, length))), bias
+            return
+        whole, rest = self.whole_and_rest(block)
         n_whole = 0 if whole is None else whole.shape[0] * self.per_part
         if whole is not None:
-            yield self.pages[:n_whole], *keys_values(whole)
+            yield self.pages[:n_whole], *keys_values(whole), None
         if rest is not None:
-            end = rest.shape[1] - self.pool.shape[1] + fill if self.ends_open else rest.shape[1]
-            yield self.pages[n_whole:], *keys_values(rest[:, :end])
+            yield self.pages[n_whole:], *keys_values(rest[:, : end - n_whole * size]), None
 
-    def whole_and_rest(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def whole_and_rest(self, block: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The parts of `per_part` pages, [parts, S, 2, K, D], and what is left over, [1, S, 2, K, D], with all of the
         open page; None where there are none. Less than two parts are not worth a call of their own."""
-        block = self.pool if self.gathered is None else self.pool.index_select(0, self.gathered)
         n_full, size = len(self.pages) - self.ends_open, block.shape[1]
         n_parts = n_full // self.per_part
         if self.per_part > 1 and n_parts == 1:
@@ -67,6 +78,15 @@ class Stretch:
         positions, n_whole = block.flatten(0, 1), n_parts * self.per_part * size  # [n * P, 2, K, D]
         whole = positions[:n_whole].unflatten(0, (n_parts, self.per_part * size)) if n_parts else None
         return whole, positions[n_whole:].unsqueeze(0) if n_whole < positions.shape[0] else None
+
+
+@lru_cache(maxsize=8)
+def _bias(n_parts: int, length: int, end: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[n_parts, 1, 1, length] that leaves out what lies from position `end` on; the layers of a step need the same."""
+    with torch.inference_mode(False):  # it may be read outside of it later
+        bias = torch.zeros(n_parts * length, dtype=dtype, device=device)
+        bias[end:] = NEGATIVE_INFINITY
+        return bias.view(n_parts, 1, 1, length)
 
 
 def keys_values(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,27 +127,35 @@ def plan_reads(
         most_pages: that may be read together, at least 1.
         index_of: makes an index on the pool's device.
     """
-    placed = sorted((slot, page) for page, slot in wave.items())
-    runs = _runs(placed, open_page, most_pages)
-    spared = (len(placed) - len(runs[0]) if runs else 0) * pool[0].nbytes
-    if (len(runs) - 1) * CALL_BYTES.get(pool.device.type, 0) > spared:
-        placed.sort(key=lambda one: one[1] == open_page)  # the open page last
-        at_once = max(1, min(most_pages, MOST_GATHERED_BYTES // pool[0].nbytes))
-        runs = [placed[start : start + at_once] for start in range(0, len(placed), at_once)]
-    stretches = []
-    for run in runs:
-        slots, pages = zip(*run, strict=True)
-        in_place = slots[-1] - slots[0] == len(slots) - 1 and slots == tuple(range(slots[0], slots[-1] + 1))
-        stretches.append(
-            Stretch(
-                list(pages),
-                pool[slots[0] : slots[-1] + 1] if in_place else pool,
-                None if in_place else index_of(slots),
-                per_part,
-                pages[-1] == open_page,
-            )
-        )
+    slots = set(wave.values())
+    n_runs = len(slots.difference([slot - 1 for slot in slots]))
+    if (n_runs - 1) * CALL_BYTES.get(pool.device.type, 0) > len(slots) * pool[0].nbytes:
+        stretches = _gathered(wave, open_page, pool, per_part, most_pages, index_of)
+    else:
+        stretches = []
+        for run in _runs(sorted((slot, page) for page, slot in wave.items()), open_page, most_pages):
+            first, pages = run[0][0], [page for _, page in run]
+            stretch = pool[first : first + len(run)]
+            stretches.append(Stretch(pages, stretch, None, per_part, pages[-1] == open_page))
     return ReadPlan(wave, open_page, pool, per_part, stretches)
+
+
+def _gathered(wave, open_page, pool, per_part, most_pages, index_of) -> list[Stretch]:
+    """The pages in whatever order, the open one last."""
+    pages = [page for page in wave if page != open_page]
+    if open_page in wave:
+        pages.append(open_page)
+    at_once = max(1, min(most_pages, MOST_GATHERED_BYTES // pool[0].nbytes))
+    stretches = []
+    for start in range(0, len(pages), at_once):
+        some = pages[start : start + at_once]
+        n_parts = -(-len(some) // per_part)
+        per = -(-len(some) // n_parts)  # as equal as can be, to fill up as little as can be
+        slots = [wave[page] for page in some]
+        if n_parts > 1 and takes_bias(pool.device):
+            slots += slots[:1] * (n_parts * per - len(some))
+        stretches.append(Stretch(some, pool, index_of(slots), per, some[-1] == open_page))
+    return stretches
 
 
 def _runs(placed: Sequence[tuple[int, int]], open_page: int | None, most_pages: int) -> list[list[tuple[int, int]]]:

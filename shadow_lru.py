@@ -46,9 +46,9 @@ class ShadowLRU:
         """
         order = self._order
         if resident_first:
-            kept = [page for page in pages if page in order]
+            kept, renew = [page for page in pages if page in order], order.move_to_end
             for page in reversed(kept):
-                order.move_to_end(page)
+                renew(page)
             if len(kept) < len(pages):
                 hits = set(kept)
                 self._keep([page for page in pages if page not in hits], pinned)

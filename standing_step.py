@@ -31,7 +31,7 @@ class StandingStep:
         self._pages, self._sequence, self._scale, self._wave = pages, pages.sequences[0], scale, plan.wave
         self._pool, self._kind = plan.pool, pages.kind
         self._n_tokens = self._sequence.n_tokens
-        whole, rest = self._stretch.whole_and_rest()
+        whole, rest = self._stretch.whole_and_rest(self._stretch.pool)
         self._whole = None if whole is None else keys_values(whole)
         self._rest = keys_values(rest)  # to its end, of which a step takes what is written
         size = pages.paging.page_size
@@ -77,4 +77,4 @@ class StandingStep:
         parts: list[Partial] = [rest]
         if self._whole is not None:
             parts.insert(0, attend_parts(grouped, *self._whole, scale=self._scale))
-        return ungroup_heads(merged_output(side_by_side(parts)), query.shape[1])
+        return ungroup_heads(merged_output(side_by_side(parts), all_see=True), query.shape[1])

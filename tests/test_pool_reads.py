@@ -43,26 +43,24 @@ def test_every_written_position_is_read_once_and_is_that_of_its_page(case, per_p
         pool_reads.CALL_BYTES = before
     read = {}
     for stretch in made.stretches:
-        for pages, keys, values in stretch.parts(fill):
+        for pages, keys, values, bias in stretch.parts(fill):
             assert len(pages) <= most
+            assert per_part > 1 or keys.shape[0] == len(pages)
             keys, values = keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)  # [positions, K, D]
+            if bias is not None:
+                assert set(bias.unique().tolist()) <= {0.0, float("-inf")}
+                keys, values = keys[bias.flatten() == 0], values[bias.flatten() == 0]
             for page in pages:
                 n = fill if page == open_page else size
                 assert page not in read
                 read[page] = keys[:n], values[:n]
                 keys, values = keys[n:], values[n:]
             assert len(keys) == 0
-            assert per_part > 1 or page_shares_known(pages, made, stretch)
     assert read.keys() == wave.keys()
     for page, slot in wave.items():
         n = fill if page == open_page else size
         assert torch.equal(read[page][0], pool[slot, :n, 0])
         assert torch.equal(read[page][1], pool[slot, :n, 1])
-
-
-def page_shares_known(pages, made, stretch) -> bool:
-    """With one page to a part, the open page is by itself or the only one left over."""
-    return made.open_page not in pages or pages == [made.open_page]
 
 
 @settings(max_examples=100, deadline=None)
@@ -73,9 +71,9 @@ def test_the_merged_parts_are_attention_over_all_of_it(case, per_part, seed):
     pool = torch.randn(n_slots, size, 2, K, D, generator=generator)
     query = torch.randn(1, K, 3, D, generator=generator)
     parts = [
-        attend_parts(query, keys, values, scale=0.5)
+        attend_parts(query, keys, values, scale=0.5, bias=bias)
         for stretch in plan(wave, open_page, pool, per_part).stretches
-        for _, keys, values in stretch.parts(fill)
+        for _, keys, values, bias in stretch.parts(fill)
     ]
     together = torch.cat([pool[slot, : fill if page == open_page else size] for page, slot in wave.items()])
     keys, values = together.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
