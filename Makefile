@@ -1,10 +1,11 @@
 # make run    set up and run the default experiment list
 # make test   set up and run the tests
+# make bench  set up and run the benchmarks, about 8 minutes on 2 cores; results in benchmarks/results/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test setup clean
+.PHONY: run test bench setup clean
 
 run: setup
 	$(BIN)/python main.py
@@ -13,6 +14,12 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
+	$(BIN)/python benchmarks/prefill.py --output benchmarks/results/prefill.json
+	$(BIN)/python benchmarks/transfers.py --output benchmarks/results/transfers.json
+	$(BIN)/python benchmarks/overheads.py --output benchmarks/results/overheads.json
 
 setup: $(VENV)/ready
 

@@ -1,6 +1,6 @@
 """Where the sealed pages of a layer lie off the device: host memory first, then a file on disk.
 
-The unit is a *row*: room for one page `[2, K, P, D]`, keys and values, named by a number. Rows are allocated in
+The unit is a *row*: room for one page `[P, 2, K, D]`, keys and values, named by a number. Rows are allocated in
 segments, contiguous blocks, so that rows that are neighbours can travel as one copy. A row is taken with one reference,
 and is free again when its last reference is released: a sealed page never changes, so sequences may share one.
 
@@ -60,7 +60,7 @@ class HostPages:
     ):
         self.page_shape, self.dtype, self.is_pinned = page_shape, dtype, pinned
         self.memory_rows, self.disk_dir = memory_rows, disk_dir
-        self._segments: list[torch.Tensor] = []  # [rows, 2, K, P, D] each
+        self._segments: list[torch.Tensor] = []  # [rows, P, 2, K, D] each
         self._segment_ends: list[int] = []  # row after the last of each segment
         self._references: dict[int, int] = {}  # of each row that is taken
         self._free: list[int] = []  # a heap
@@ -134,11 +134,11 @@ class HostPages:
         self._free = list(range(self.n_rows))
 
     def page(self, row: int) -> torch.Tensor:
-        """The page [2, K, P, D] of a row that is taken, in place."""
+        """The page [P, 2, K, D] of a row that is taken, in place."""
         return self.stretch(row, 1)[0]
 
     def stretch(self, row: int, length: int) -> torch.Tensor:
-        """The pages [length, 2, K, P, D] of neighbours within a segment, in place; all of them must be taken."""
+        """The pages [length, P, 2, K, D] of neighbours within a segment, in place; all of them must be taken."""
         for one in range(row, row + length):
             self._require_taken(one)
         if not self.same_segment(row, row + length - 1):

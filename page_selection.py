@@ -183,9 +183,7 @@ def _shares(scores: torch.Tensor, per_kv_head: bool) -> torch.Tensor:
 
     A sum ranks as a mean does. In float64, because shares far below what float32 can hold must still be ranked.
     """
-    by_head = (
-        scores.permute(1, 2, 0).softmax(-1, dtype=torch.float64).nan_to_num(0.0)
-    )  # NaN: a head of nothing but -inf
+    by_head = scores.permute(1, 2, 0).softmax(-1, dtype=torch.float64).nan_to_num(0.0)  # NaN: all -inf
     return by_head.sum(1).T if per_kv_head else by_head.sum((0, 1)).unsqueeze(1)
 
 

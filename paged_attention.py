@@ -1,4 +1,4 @@
-"""Attention over pages, exactly: each page on its own, then merged by log-sum-exp.
+"""Attention over pages, exactly: part by part, then merged by log-sum-exp.
 
 Keys carry their position (RoPE or learned) before they are cached, so attention does not care in which order keys come.
 A query's attention over a set of keys can therefore be computed page by page, in any order and at different times, and
@@ -10,8 +10,9 @@ which is softmax over the pages' log-sum-exps (Milakov and Gimelshein 2018, http
 block by FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135). The weight w_p *is* page p's share of the
 attention: what a predictor needs comes free.
 
-Pages are the batch dimension of one fused kernel call. The log-sum-exp comes from PyTorch's fused kernels, whose
-operators are private, so they are called in one place, `attention_with_lse`, with a plain fallback beside it.
+The parts, a page or several pages each, are the batch dimension of one fused kernel call. The log-sum-exp comes from
+PyTorch's fused kernels, whose operators are private, so they are called in one place, `attention_with_lse`, with a
+plain fallback beside it.
 
 Two variations of attention fit in without approximation. A soft cap bends each score by itself, so it is applied inside
 each part. An attention sink, a learned logit in the softmax's denominator that has no value, is one more part to merge:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -169,7 +168,3 @@ def publish(name: str, arguments: argparse.Namespace, document: Mapping[str, Any
     if arguments.output is not None:
         atomic_write_text(arguments.output, json.dumps(document, indent=1) + "\n")
     print(json.dumps(document), flush=True)
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from contest import milliseconds
 from transformers import Cache, DynamicCache, StaticCache
 
+from contest import milliseconds
 from kv_paging import PagedKVCache
 from models import LoadedModel
 from predictive_prefetch import PrefetchingKVCache

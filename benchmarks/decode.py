@@ -39,7 +39,6 @@ from contest import (
     weight_bytes_per_token,
 )
 from contexts import Context, Decoder, hf_caches, paged, pages_of, read_context
-
 from kv_paging import PagedKVCache
 from links import choose_link
 from models import LoadedModel

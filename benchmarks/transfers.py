@@ -3,7 +3,7 @@
     python benchmarks/transfers.py
     python benchmarks/transfers.py --links auto --model random:configs/models/llama-3.1-8b.json --context 32000
 
-Under exact attention every step needs every page, so what does not fit has to move in every step. Two things bound that:
+Under exact attention every step needs every page, so what does not fit has to move in every step. Two things bound it:
 
     the link       the bytes that must move over its bandwidth, whatever is computed meanwhile
     computing      the same step with all pages on the device
@@ -68,12 +68,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--links",
         nargs="+",
-        default=["pcie5-x16", "pcie4-x16", "pcie3-x16", "2"],
+        default=["pcie5-x16", "pcie4-x16", "pcie3-x16", "0.5"],
         help="names, GB/s of simulated links, or auto for the device's own",
     )
     options.add_argument("--page-size", type=int, default=256, help="tokens in a page")
     options.add_argument("--resident", type=float, default=0.75, help="share of the pages on the device")
-    options.add_argument("--policy", default="mru", help="which page to evict; exact attention hits as often under any")
+    options.add_argument("--policy", default="lru", help="which page to evict; exact attention hits as often under any")
     options.add_argument("--rounds", type=int, default=7, help="measurements of each contestant")
     options.add_argument("--tokens", type=int, default=4, help="tokens in one measurement")
     return options
@@ -145,9 +145,8 @@ def case(model: LoadedModel, arguments: argparse.Namespace, context: Context, na
     whole = pages_of(n_positions, size)
     budget = max(4, round(arguments.resident * whole))
     staging = max(4, 2 * (whole - budget))
-    settings = {"page_size": size, "max_gpu_pages": budget, "staging_pages": staging, "link": link} | {
-        "policy": arguments.policy
-    }
+    settings = {"page_size": size, "max_gpu_pages": budget, "staging_pages": staging, "link": link}
+    settings["policy"] = arguments.policy
     made = {
         "all resident": paged(model, n_positions, page_size=size, max_gpu_pages=whole, staging_pages=1),
         "reactive": paged(model, n_positions, **settings),
