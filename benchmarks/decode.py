@@ -124,7 +124,7 @@ def contestants(
         return lambda: paged(model, n_positions, **settings)
 
     made = hf_caches(model, n_positions) | {
-        "all resident": ours(page_size=arguments.page_size, max_gpu_pages=max(4, whole), staging_pages=1),
+        "all resident": ours(page_size=arguments.page_size, max_gpu_pages=max(3, whole), staging_pages=1),
         "selection": ours(**selection, max_gpu_pages=n_small + SPARE_PAGES, staging_pages=1),
         "selection, reactive": ours(**selection, **budget),
         "selection, predictive": ours(

@@ -4,8 +4,8 @@
     python benchmarks/prefill.py --contexts 8000 --chunk 512
 
 Prefill is bound by arithmetic, so paging has to cost next to nothing: its ceiling is what transformers' own cache
-takes, at the same chunk size. A chunk attends to all earlier pages, wherever they are, and pages that fill are written to the
-host while it goes on. The contestants are
+takes, at the same chunk size. A chunk attends to all earlier pages, wherever they are, and pages that fill are written
+to the host while it goes on. The contestants are
 
     HF dynamic        transformers' cache, the same chunks
     all resident      our pages, all of them on the device
