@@ -228,13 +228,7 @@ def attend_parts(
         A Partial with out [n, K, R, D] and lse [n, K, R].
     """
     n_parts, (n_kv_heads, n_rows, head_dim) = keys.shape[0], grouped_query.shape[1:]
-    if (
-        n_parts * n_kv_heads < 2 * torch.get_num_threads()
-        and n_rows <= MOST_ROWS_APART
-        and allowed is None
-        and keys.device.type == "cpu"
-    ):
-        # The kernel shares out parts and heads among the threads, so few of them leave threads idle.
+    if allowed is None and rows_apart(n_parts, n_kv_heads, n_rows, keys.device):
         query = grouped_query.reshape(1, n_kv_heads * n_rows, 1, head_dim).expand(n_parts, -1, -1, -1)
         part = attention_with_lse(query, keys, values, scale=scale, bias=bias, softcap=softcap)
         shape = n_parts, n_kv_heads, n_rows
@@ -243,6 +237,13 @@ def attend_parts(
     if bias is not None:
         bias = bias.expand(-1, -1, n_rows, -1)
     return attention_with_lse(query, keys, values, scale=scale, allowed=allowed, bias=bias, softcap=softcap)
+
+
+def rows_apart(n_parts: int, n_kv_heads: int, n_rows: int, device: torch.device) -> bool:
+    """Whether the rows of a key/value head are better taken one by one: a CPU's kernel shares out parts and heads among
+    the threads, and few of them leave threads idle."""
+    few = n_parts * n_kv_heads < 2 * torch.get_num_threads()
+    return few and n_rows <= MOST_ROWS_APART and device.type == "cpu"
 
 
 def sink_part(sinks: torch.Tensor, like: Partial) -> Partial:

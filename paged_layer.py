@@ -270,7 +270,7 @@ class PagedLayer(CacheLayerMixin):
         if attend == self._attend_token and rule == ScoreRule(scale) and self.selector is None:
             plan = self._plans.get(0)
             if padding is None and plan is not None and not self._shares_asked_for(self.pages.sequences[0]):
-                self._standing = StandingStep.after(self.pages, plan, scale)
+                self._standing = StandingStep.after(self.pages, plan, scale, query.shape[1])
         return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(query.dtype)
 
     def _attend_again(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

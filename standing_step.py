@@ -13,7 +13,16 @@ from __future__ import annotations
 import torch
 
 from layer_pages import LayerPages
-from paged_attention import Partial, attend_parts, group_heads, merged_output, side_by_side, ungroup_heads
+from paged_attention import (
+    Partial,
+    attend_parts,
+    attention_with_lse,
+    group_heads,
+    merged_output,
+    rows_apart,
+    side_by_side,
+    ungroup_heads,
+)
 from pool_reads import ReadPlan, keys_values
 
 
@@ -24,12 +33,13 @@ class StandingStep:
         pages: of the layer; with one sequence, whose last request was answered by `plan.wave`.
         plan: of that wave: one stretch, in place, that ends with the open page.
         scale: factor on the scores.
+        n_heads: query heads.
     """
 
-    def __init__(self, pages: LayerPages, plan: ReadPlan, scale: float):
+    def __init__(self, pages: LayerPages, plan: ReadPlan, scale: float, n_heads: int):
         (self._stretch,) = plan.stretches
         self._pages, self._sequence, self._scale, self._wave = pages, pages.sequences[0], scale, plan.wave
-        self._pool, self._kind = plan.pool, pages.kind
+        self._pool = plan.pool
         self._n_tokens = self._sequence.n_tokens
         whole, rest = self._stretch.whole_and_rest(self._stretch.pool)
         self._whole = None if whole is None else keys_values(whole)
@@ -39,15 +49,18 @@ class StandingStep:
         self._last = (self._n_tokens // size + 1) * size - 1  # the position that fills the open page
         self._open_page = self._stretch.pool[-1]  # [P, 2, K, D]
         self._fill = self._n_tokens % size
+        _, n_kv_heads, head_dim, _, device = pages.kind
+        self._key_shape = 1, n_kv_heads, 1, head_dim
+        self._heads_apart = whole is None and rows_apart(1, n_kv_heads, n_heads // n_kv_heads, device)
 
     @classmethod
-    def after(cls, pages: LayerPages, plan: ReadPlan, scale: float) -> StandingStep | None:
+    def after(cls, pages: LayerPages, plan: ReadPlan, scale: float, n_heads: int) -> StandingStep | None:
         """What the step after the one that read by `plan` may repeat; None if it has to be asked for anew."""
         one_stretch = len(plan.stretches) == 1 and plan.stretches[0].gathered is None and plan.stretches[0].ends_open
         sequence = pages.sequences[0]
         if not one_stretch or pages.batch_size > 1 or not sequence.answers_again(plan.wave):
             return None
-        return cls(pages, plan, scale)
+        return cls(pages, plan, scale, n_heads)
 
     def serves(self, pages: LayerPages | None, query: torch.Tensor, key: torch.Tensor, scale: float) -> bool:
         """Whether the step now is that one."""
@@ -59,7 +72,9 @@ class StandingStep:
             and pages.store.pool is self._pool
             and query.shape[2] == 1
             and not key.requires_grad
-            and (*key.shape[:2], key.shape[3], key.dtype, key.device) == self._kind
+            and key.shape == self._key_shape
+            and key.dtype is self._pool.dtype
+            and key.device == self._pool.device
             and scale == self._scale
         )
 
@@ -71,9 +86,12 @@ class StandingStep:
         self._fill += 1
         self._n_tokens += 1
         self._sequence.n_tokens = self._pages.n_tokens = self._n_tokens
-        grouped, end = group_heads(query, n_kv_heads), self._n_before + self._fill
-        keys, values = self._rest
-        rest = attend_parts(grouped, keys.narrow(2, 0, end), values.narrow(2, 0, end), scale=self._scale)
+        end = self._n_before + self._fill
+        keys, values = (states.narrow(2, 0, end) for states in self._rest)
+        if self._heads_apart:
+            return attention_with_lse(query, keys, values, scale=self._scale).out
+        grouped = group_heads(query, n_kv_heads)
+        rest = attend_parts(grouped, keys, values, scale=self._scale)
         parts: list[Partial] = [rest]
         if self._whole is not None:
             parts.insert(0, attend_parts(grouped, *self._whole, scale=self._scale))
