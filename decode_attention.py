@@ -43,9 +43,9 @@ class DecodeAttention:
     def mass(self) -> Callable[[], list[float]]:
         """Gives each page's share of the attention, averaged over heads; together they are 1 at most. A function, as on
         CUDA the shares are on their way to the host, and on a CPU they need not be computed if nobody reads them."""
-        if self.lse.device.type != "cuda":
-            return cache(lambda: self._shares().tolist())
-        return to_host_later(self._shares())
+        parts, total = [lse for _, lse in self.parts], self.total  # not self, or it would hold itself
 
-    def _shares(self) -> torch.Tensor:
-        return page_mass(torch.cat([lse for _, lse in self.parts]), self.total)
+        def shares() -> torch.Tensor:
+            return page_mass(torch.cat(parts), total)
+
+        return to_host_later(shares()) if self.lse.device.type == "cuda" else cache(lambda: shares().tolist())

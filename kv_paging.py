@@ -4,7 +4,7 @@ A *page* is `page_size` consecutive positions of one layer of one sequence, keys
 keeps at most `max_gpu_pages` pages of each sequence resident on its device; the rest are in host memory and are
 fetched when attention asks for them. `PagedKVCache` is a drop-in `Cache` for `model.generate(past_key_values=cache)`:
 
-* inside `with cache.attached(model):`, attention runs page by page and the budget holds for a context of any length;
+* inside `with cache.attached(model):`, attention runs over pages and the budget holds for a context of any length;
 * not attached, `update` returns all keys and values, so that any attention works (the device then holds them all).
 
     cache = PagedKVCache(model.config, page_size=256, max_gpu_pages=8)
@@ -68,8 +68,6 @@ class PagedKVCache(Cache):
         ValueError: a setting is unknown or out of range, or two contradict each other.
     """
 
-    watches_attention = False
-
     def __init__(self, config: Any, **paging: Any):
         for name in paging:
             if name not in Paging.__dataclass_fields__:
@@ -83,6 +81,7 @@ class PagedKVCache(Cache):
         self.prompt_tokens: int | None = None
         self._transports: dict[torch.device, Transport] = {}
         self._n_attached = 0
+        self.watches_attention = type(self).attended is not PagedKVCache.attended
         self.torn = False
         self.n_decode_steps = 0
         self._made_of = config, paging

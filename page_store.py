@@ -186,25 +186,30 @@ def _stop(orders: queue.SimpleQueue, worker: threading.Thread) -> None:
 
 def _serve(orders: queue.SimpleQueue, transport_ref: weakref.ref) -> None:
     while (order := orders.get()) is not None:
-        if isinstance(order, threading.Event):
-            order.set()
-            continue
-        ticket, moves, to_device, after, asked_at = order
-        try:
-            for earlier in after:
-                if earlier.error is not None:
-                    raise earlier.error
-            n_bytes = 0
-            for destination, source in moves:
-                _copy_bytes(destination, source)
-                n_bytes += source.nbytes
-            transport = transport_ref()
-            if transport is not None:
-                transport._charge(ticket, n_bytes, to_device, asked_at)
-            del transport
-        except BaseException as error:  # whatever it is, it belongs to the thread that waits for this page
-            ticket.error = error
-        ticket.finished.set()
+        _carry_out(order, transport_ref)
+        del order  # or its tensors would be held until the next one comes
+
+
+def _carry_out(order: Any, transport_ref: weakref.ref) -> None:
+    if isinstance(order, threading.Event):
+        order.set()
+        return
+    ticket, moves, to_device, after, asked_at = order
+    try:
+        for earlier in after:
+            if earlier.error is not None:
+                raise earlier.error
+        n_bytes = 0
+        for destination, source in moves:
+            _copy_bytes(destination, source)
+            n_bytes += source.nbytes
+        transport = transport_ref()
+        if transport is not None:
+            transport._charge(ticket, n_bytes, to_device, asked_at)
+        del transport
+    except BaseException as error:  # whatever it is, it belongs to the thread that waits for this page
+        ticket.error = error
+    ticket.finished.set()
 
 
 def _copy_bytes(destination: torch.Tensor, source: torch.Tensor) -> None:

@@ -1,14 +1,14 @@
 """Attention over pages, exactly: part by part, then merged by log-sum-exp.
 
 Keys carry their position (RoPE or learned) before they are cached, so attention does not care in which order keys come.
-A query's attention over a set of keys can therefore be computed page by page, in any order and at different times, and
-put together afterwards. With o_p the output of page p and l_p the log of the sum of its exponentiated scores,
+A query's attention over a set of keys can therefore be computed part by part, in any order and at different times, and
+put together afterwards. With o_p the output of part p and l_p the log of the sum of its exponentiated scores,
 
     o = sum_p w_p o_p,    w_p = exp(l_p) / sum_q exp(l_q),
 
 which is softmax over the pages' log-sum-exps (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; used per
-block by FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135). The weight w_p *is* page p's share of the
-attention: what a predictor needs comes free.
+block by FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135). The weight w_p *is* part p's share of the
+attention: where parts are pages, what a predictor needs comes free.
 
 The parts, a page or several pages each, are the batch dimension of one fused kernel call. The log-sum-exp comes from
 PyTorch's fused kernels, whose operators are private, so they are called in one place, `attention_with_lse`, with a
@@ -135,7 +135,7 @@ def plain_attention_with_lse(query, key, value, scale, causal, allowed, softcap=
     The scores of all queries at once would take far more memory than keys and values do, so a long prompt's queries
     are taken some at a time.
     """
-    key, value = _repeat_heads(query, key, value)
+    key, value = (states.float() for states in _repeat_heads(query, key, value))
     length = query.shape[2]
     per_block = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     blocks = []
@@ -154,14 +154,14 @@ def plain_attention_with_lse(query, key, value, scale, causal, allowed, softcap=
 
 
 def _plain_block(query, key, value, scale, allowed, softcap):
-    scores = (query.float() @ key.float().transpose(-1, -2)) * scale  # [N, H, T, S]
+    scores = (query.float() @ key.transpose(-1, -2)) * scale  # [N, H, T, S]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, NEGATIVE_INFINITY)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)  # -inf - -inf: no key was allowed
-    return weights @ value.float(), lse
+    return weights @ value, lse
 
 
 def _repeat_heads(query, key, value):

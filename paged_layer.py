@@ -6,7 +6,9 @@ How a decode step of a layer goes:
        a page that has just filled is *sealed*: copied to the host once, after which evicting it costs nothing;
     2. the selector names the pages to attend to;
     3. `PagedSequence.resolve` starts copies for those that are not on the device, and gives the pages in waves;
-    4. each wave is attended, and the parts are merged by log-sum-exp, which is exact (see paged_attention.py).
+    4. each wave is attended in parts, merged by log-sum-exp, which is exact (see pool_reads.py, paged_attention.py).
+
+A step that finds everything where the step before left it does 1 and 4 alone (see standing_step.py).
 
 A prompt goes the same way in chunks: a chunk attends to all earlier pages in waves, to itself causally, and is then
 written into pages. So prefill is exact as well, whatever the selector, and its pages may exceed the device. The same
@@ -50,7 +52,7 @@ from stage_clock import StageClock, clock_for
 from standing_step import StandingStep
 
 PART_TOKENS = 512  # of a part that one new token attends to: enough parts for many threads, few enough to merge
-CHUNK_PART_TOKENS = 2**16  # of a part that a chunk attends to, whose queries are enough for all threads
+CHUNK_PART_TOKENS = 2**13  # of a part that a chunk attends to, whose queries are enough for all threads
 MAX_PARTIAL_ELEMENTS = 2**23  # of one kernel call's output during prefill: 32 MiB in float32
 
 
@@ -115,7 +117,7 @@ class PagedLayer(CacheLayerMixin):
         self.clock: StageClock
         self._looking: list[tuple[PagedSequence, Sequence[int]]] = []  # rows that have asked for all they want
         self._n_asking = 0
-        self._standing: StandingStep | None = None
+        self._repeat: StandingStep | None = None
         self._plans: dict[int, ReadPlan] = {}  # by lane, of the wave attended to last
 
     @property
@@ -140,6 +142,7 @@ class PagedLayer(CacheLayerMixin):
     ) -> None:
         """Allocate the device pool, and host pages for `max_tokens` positions of each sequence."""
         self.pages = None  # let go of the old memory before new memory is taken
+        self._forget_reads()
         self.clock = clock_for(device)  # before the pages, whose being there says that all is allocated
         self.pages = LayerPages(
             self.layer_idx,
@@ -164,6 +167,10 @@ class PagedLayer(CacheLayerMixin):
         self.pages.append(key_states, value_states)
         return (key_states, value_states) if past == 0 else self.pages.materialise()
 
+    def _forget_reads(self) -> None:
+        """Let go of how pages were read last: that holds the pool."""
+        self._repeat, self._plans = None, {}
+
     def get_seq_length(self) -> int:
         return self.n_tokens
 
@@ -175,6 +182,7 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget the context and keep the memory; but not that of a torn cache, whose bookkeeping may not add up."""
+        self._forget_reads()
         if self.cache.torn:
             self.pages, self.is_initialized = None, False
         elif self.pages is not None:
@@ -184,6 +192,7 @@ class PagedLayer(CacheLayerMixin):
         """Remove the last `-tokens_to_remove` positions; the count is negative, as in transformers."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of positions to remove, not {tokens_to_remove}")
+        self._forget_reads()
         if tokens_to_remove < 0 and self.n_tokens:
             self.pages.truncate(max(0, self.n_tokens + tokens_to_remove))
 
@@ -194,6 +203,7 @@ class PagedLayer(CacheLayerMixin):
 
     def select_rows(self, rows: list[int]) -> None:
         """Make row i what row `rows[i]` was."""
+        self._forget_reads()
         if self.n_tokens:
             self.pages.select_rows(rows)
 
@@ -248,11 +258,11 @@ class PagedLayer(CacheLayerMixin):
         Returns:
             [B, H, T, D] in the query's dtype; 0 for positions that are padding.
         """
-        if self._standing is not None:
+        if self._repeat is not None:
             plain = allowed is None and softcap is None and sinks is None and self.cache.phase == "decode"
-            if plain and not self.cache.watches_attention and self._standing.serves(self.pages, query, key, scale):
+            if plain and not self.cache.watches_attention and self._repeat.serves(self.pages, query, key, value, scale):
                 return self._attend_again(query, key, value)
-            self._standing = None
+            self._repeat = None
         self._require_initialized(key, value)
         n_positions = self.n_tokens + query.shape[2]
         if allowed is not None and allowed.shape[-1] != n_positions:
@@ -270,7 +280,7 @@ class PagedLayer(CacheLayerMixin):
         if attend == self._attend_token and rule == ScoreRule(scale) and self.selector is None:
             plan = self._plans.get(0)
             if padding is None and plan is not None and not self._shares_asked_for(self.pages.sequences[0]):
-                self._standing = StandingStep.after(self.pages, plan, scale, query.shape[1])
+                self._repeat = StandingStep.after(self.pages, plan, scale)
         return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(query.dtype)
 
     def _attend_again(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -279,7 +289,7 @@ class PagedLayer(CacheLayerMixin):
         try:
             sequence.ask_again(lambda wanted: self.cache.look_ahead(self, sequence, wanted))
             started = self.clock.now()
-            out = self._standing.attend(query, key, value)
+            out = self._repeat.attend(query, key, value)
             self._spent_attending(started)
         except BaseException:
             self.cache.torn = True
@@ -415,12 +425,16 @@ class PagedLayer(CacheLayerMixin):
         """Attend to pages that are on the device, `per_part` of them to a part."""
         pool, fill = self.pages.store.pool, sequence.n_tokens % self.paging.page_size
         open_page, plan = sequence.n_pages - 1 if fill else None, self._plans.get(sequence.lane)
-        if plan is None or not plan.serves(wave, open_page, pool, per_part):
-            most = per_part * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
+        most = per_part * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
+        if plan is None or not plan.serves(wave, open_page, pool, per_part, most):
             plan = self._plans[sequence.lane] = plan_reads(wave, open_page, pool, per_part, most, self._index)
         for stretch in plan.stretches:
-            for pages, keys, values, bias in stretch.parts(fill):
-                yield pages, attend_parts(grouped, keys, values, scale=rule.scale, bias=bias, softcap=rule.softcap)
+            yield from self._attend_stretch(stretch, fill, grouped, rule)
+
+    def _attend_stretch(self, stretch, fill, grouped, rule) -> Iterator[tuple[list[int], Partial]]:
+        """A block that was gathered goes before the next one is."""
+        for pages, keys, values, bias in stretch.parts(fill):
+            yield pages, attend_parts(grouped, keys, values, scale=rule.scale, bias=bias, softcap=rule.softcap)
 
     def _index(self, places: Sequence[int]) -> torch.Tensor:
         """Places as an index on the device. From pinned memory, as a pageable copy would make the host wait."""

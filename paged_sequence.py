@@ -92,7 +92,7 @@ class PagedSequence:
             slot = self._open(page) if offset == 0 else self.table.resident[page]
             page_now = self.store.pool[slot]
             if offset == 0 and count < size:
-                page_now.zero_()  # attention takes what is not written times 0, which only NaN outlives
+                self._blank(slot, count)
             part = (keys, values)
             if count < length:
                 part = (keys.narrow(1, written, count), values.narrow(1, written, count))
@@ -140,7 +140,13 @@ class PagedSequence:
         for row in self.host_rows[kept_sealed:]:
             self.store.release(row)
         del self.host_rows[kept_sealed:]
+        if fill:
+            self._blank(self.table.resident[kept_sealed], fill)
         self.n_tokens = n_tokens
+
+    def _blank(self, slot: int, n_written: int) -> None:
+        """Attention takes what is not written of the open page times 0, which only NaN outlives."""
+        self.store.pool[slot, n_written:].zero_()
 
     def _reopen(self, page: int, n_pages: int) -> None:
         """Make a sealed page resident and writable: no copy reads or writes its slot any more."""

@@ -80,7 +80,7 @@ class Stretch:
         return whole, positions[n_whole:].unsqueeze(0) if n_whole < positions.shape[0] else None
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _bias(n_parts: int, length: int, end: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[n_parts, 1, 1, length] that leaves out what lies from position `end` on; the layers of a step need the same."""
     with torch.inference_mode(False):  # it may be read outside of it later
@@ -101,12 +101,19 @@ class ReadPlan:
     wave: dict[int, int]
     open_page: int | None
     pool: torch.Tensor
-    per_part: int
+    sizes: tuple[int, int]
     stretches: list[Stretch]
 
-    def serves(self, wave: dict[int, int], open_page: int | None, pool: torch.Tensor, per_part: int) -> bool:
+    def serves(
+        self, wave: dict[int, int], open_page: int | None, pool: torch.Tensor, per_part: int, most_pages: int
+    ) -> bool:
         """Whether this is the plan for a wave; the very same one, as that costs nothing to compare."""
-        return self.wave is wave and self.pool is pool and self.open_page == open_page and self.per_part == per_part
+        return (
+            self.wave is wave
+            and self.pool is pool
+            and self.open_page == open_page
+            and self.sizes == (per_part, most_pages)
+        )
 
 
 def plan_reads(
@@ -137,7 +144,7 @@ def plan_reads(
             first, pages = run[0][0], [page for _, page in run]
             stretch = pool[first : first + len(run)]
             stretches.append(Stretch(pages, stretch, None, per_part, pages[-1] == open_page))
-    return ReadPlan(wave, open_page, pool, per_part, stretches)
+    return ReadPlan(wave, open_page, pool, (per_part, most_pages), stretches)
 
 
 def _gathered(wave, open_page, pool, per_part, most_pages, index_of) -> list[Stretch]:

@@ -68,7 +68,8 @@ class PrefetchingKVCache(PagedKVCache):
         needs = {name for name in ("needs_scores", "needs_recording") if getattr(made, name, False)}
         for _, conflict in prefetch_conflicts(self.prefetching, self.paging, needs):
             raise ValueError(conflict)
-        self.watches_attention = getattr(made, "needs_mass", True)
+        watched_by_another = type(self).attended is not PrefetchingKVCache.attended
+        self.watches_attention = watched_by_another or getattr(made, "needs_mass", True)
         uses_scores = self.paging.selects and getattr(made, "uses_scores", False)
         self._foresight = QueryForesight(self) if uses_scores else None
         self._later_layer = self._layers_ahead(self.prefetching.lookahead)
@@ -183,10 +184,12 @@ class PrefetchingKVCache(PagedKVCache):
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
         """Tell the predictor what attention looked at."""
-        started = time.perf_counter()
-        with self._naming_the_predictor():
-            self._predictor(sequence).observe(layer.layer_idx, self._step, attention.pages, attention.mass)
-        self._spent_predicting(layer, started)
+        predictor = self._predictor(sequence)
+        if getattr(predictor, "needs_mass", True):
+            started = time.perf_counter()
+            with self._naming_the_predictor():
+                predictor.observe(layer.layer_idx, self._step, attention.pages, attention.mass)
+            self._spent_predicting(layer, started)
 
     def _spent_predicting(self, layer: PagedLayer, started: float) -> None:
         self.recorder.spent(layer.layer_idx, "predict", 1000.0 * (time.perf_counter() - started))

@@ -166,8 +166,7 @@ def _watched(cache: Any, pages: PagesOfSteps) -> Iterator[None]:
     def noted(layer: Any, sequence: Any, attention: Any) -> None:
         lse = torch.cat([part for _, part in attention.parts])
         pages[-1].append(PagesRead(attention.pages, lse, attention.total, sequence.n_pages))
-        if learns:
-            attended(layer, sequence, attention)
+        attended(layer, sequence, attention)
 
     learns = cache.watches_attention
     cache.attended, cache.watches_attention = noted, True

@@ -33,10 +33,9 @@ class StandingStep:
         pages: of the layer; with one sequence, whose last request was answered by `plan.wave`.
         plan: of that wave: one stretch, in place, that ends with the open page.
         scale: factor on the scores.
-        n_heads: query heads.
     """
 
-    def __init__(self, pages: LayerPages, plan: ReadPlan, scale: float, n_heads: int):
+    def __init__(self, pages: LayerPages, plan: ReadPlan, scale: float):
         (self._stretch,) = plan.stretches
         self._pages, self._sequence, self._scale, self._wave = pages, pages.sequences[0], scale, plan.wave
         self._pool = plan.pool
@@ -49,20 +48,21 @@ class StandingStep:
         self._last = (self._n_tokens // size + 1) * size - 1  # the position that fills the open page
         self._open_page = self._stretch.pool[-1]  # [P, 2, K, D]
         self._fill = self._n_tokens % size
-        _, n_kv_heads, head_dim, _, device = pages.kind
+        _, n_kv_heads, head_dim, _, _ = pages.kind
         self._key_shape = 1, n_kv_heads, 1, head_dim
-        self._heads_apart = whole is None and rows_apart(1, n_kv_heads, n_heads // n_kv_heads, device)
 
     @classmethod
-    def after(cls, pages: LayerPages, plan: ReadPlan, scale: float, n_heads: int) -> StandingStep | None:
+    def after(cls, pages: LayerPages, plan: ReadPlan, scale: float) -> StandingStep | None:
         """What the step after the one that read by `plan` may repeat; None if it has to be asked for anew."""
         one_stretch = len(plan.stretches) == 1 and plan.stretches[0].gathered is None and plan.stretches[0].ends_open
         sequence = pages.sequences[0]
         if not one_stretch or pages.batch_size > 1 or not sequence.answers_again(plan.wave):
             return None
-        return cls(pages, plan, scale, n_heads)
+        return cls(pages, plan, scale)
 
-    def serves(self, pages: LayerPages | None, query: torch.Tensor, key: torch.Tensor, scale: float) -> bool:
+    def serves(
+        self, pages: LayerPages | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> bool:
         """Whether the step now is that one."""
         return (
             pages is self._pages
@@ -71,9 +71,9 @@ class StandingStep:
             and pages.sequences[0] is self._sequence
             and pages.store.pool is self._pool
             and query.shape[2] == 1
-            and not key.requires_grad
-            and key.shape == self._key_shape
-            and key.dtype is self._pool.dtype
+            and not (key.requires_grad or value.requires_grad)
+            and key.shape == value.shape == self._key_shape
+            and key.dtype is value.dtype is self._pool.dtype
             and key.device == self._pool.device
             and scale == self._scale
         )
@@ -88,7 +88,7 @@ class StandingStep:
         self._sequence.n_tokens = self._pages.n_tokens = self._n_tokens
         end = self._n_before + self._fill
         keys, values = (states.narrow(2, 0, end) for states in self._rest)
-        if self._heads_apart:
+        if self._whole is None and rows_apart(1, n_kv_heads, query.shape[1] // n_kv_heads, query.device):
             return attention_with_lse(query, keys, values, scale=self._scale).out
         grouped = group_heads(query, n_kv_heads)
         rest = attend_parts(grouped, keys, values, scale=self._scale)

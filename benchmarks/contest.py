@@ -134,13 +134,9 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 100
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return str(value)
 
 
 def interval(figures: Mapping[str, Any], key: str) -> str:
@@ -148,8 +144,8 @@ def interval(figures: Mapping[str, Any], key: str) -> str:
     if figures[key] is None:
         return "-"
     if figures["low"] is None:
-        return f"{figures[key]:.3g}"
-    return f"{figures[key]:.3g} [{figures['low']:.3g}-{figures['high']:.3g}]"
+        return _cell(figures[key])
+    return f"{_cell(figures[key])} [{_cell(figures['low'])}-{_cell(figures['high'])}]"
 
 
 def show_targets(targets: Sequence[Mapping[str, Any]]) -> None:

@@ -4,7 +4,7 @@
 
 Bookkeeping is what a paged cache does beside computing, choosing and copying: the page tables, the policies, the plain
 LRUs that hits are held against, and the record. Its time is read off clocks around the functions that do it, whose own
-cost is in it; what they call of attention, of copies and of scores is not.
+cost is in it; what they call of attention, of copies, of waiting for them and of scores is not.
 
 The last line of stdout is one JSON document.
 """
@@ -23,10 +23,12 @@ from typing import Any
 from contest import benchmark_parser, in_turn, interval, loaded, publish, show, show_targets, summary, target
 from contexts import Decoder, paged, pages_of, read_context
 from models import LoadedModel
-from page_store import PageStore
+from page_store import PageStore, _StreamTicket, _ThreadTicket
+from page_table import PageTable
 from paged_sequence import PagedSequence
 from recorder import Recorder
 from resolution import Resolution
+from shadow_lru import ShadowLRU
 
 PROJECT = Path(__file__).resolve().parent.parent
 COMMANDS = {
@@ -38,9 +40,11 @@ COMMANDS = {
 BOOKKEEPING = (
     (PagedSequence, ("resolve", "ask_again", "pinned_pages")),
     (Resolution, ("_next_arrivals", "_release")),
+    (PageTable, ("open",)),
+    (ShadowLRU, ("insert",)),
     (Recorder, ("count", "spent", "waited", "begin_step")),
 )
-NOT_BOOKKEEPING = ((PageStore, ("fetch", "await_slot", "seal")),)
+NOT_BOOKKEEPING = ((PageStore, ("fetch", "await_slot", "seal")), (_ThreadTicket, ("wait",)), (_StreamTicket, ("wait",)))
 
 
 def main() -> None:

@@ -125,10 +125,8 @@ class CopyingBeside:
         def copy(*_: Any) -> None:
             self.transport.copy([(self.target, self.source)], to_device=True)
 
-        layers = [
-            layer for layer in self.decoder.model.model.modules() if getattr(layer, "layer_idx", None) is not None
-        ]
-        hooks = [layer.register_forward_pre_hook(copy) for layer in layers if hasattr(layer, "q_proj")]
+        modules = {getattr(module, "layer_idx", None): module for module in self.decoder.model.model.modules()}
+        hooks = [modules[layer.layer_idx].register_forward_pre_hook(copy) for layer in self.decoder.cache.paged_layers]
         try:
             taken = self.decoder.decode(n_tokens)
         finally:

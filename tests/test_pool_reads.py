@@ -69,6 +69,8 @@ def test_the_merged_parts_are_attention_over_all_of_it(case, per_part, seed):
     size, n_slots, wave, open_page, fill = case
     generator = torch.Generator().manual_seed(seed)
     pool = torch.randn(n_slots, size, 2, K, D, generator=generator)
+    unread = set(range(n_slots)) - set(wave.values())
+    pool[sorted(unread)] = float("nan")  # of other pages nothing may show
     query = torch.randn(1, K, 3, D, generator=generator)
     parts = [
         attend_parts(query, keys, values, scale=0.5, bias=bias)

@@ -30,8 +30,6 @@ def tokens_with(model, prompt, kind=PagedKVCache, **paging):
 class Watching(PagedKVCache):
     """Notes what was asked for and what was attended to."""
 
-    watches_attention = True
-
     def look_ahead(self, layer, sequence, wanted):
         self.__dict__.setdefault("wanted", []).append((layer.layer_idx, sequence.lane, sorted(wanted)))
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import pytest
 import torch
 from tiny_models import CONFIGS, continue_prompt, make_model, make_prompt
 
 import paged_layer
+import pool_reads
 from kv_paging import PagedKVCache
 from page_policies import LFU
 from predictive_prefetch import PrefetchingKVCache
@@ -163,3 +167,90 @@ def test_a_policy_that_touches_in_its_own_way_is_told_of_every_step(llama, repea
     assert repeats() > N_LAYERS * N_NEW // 2
     per_step = [-(-n // 16) for n in range(N_PROMPT + 1, N_PROMPT + N_NEW + 1)]
     assert len(touched) == N_LAYERS * sum(per_step)
+
+
+def pools_of(cache):
+    """The pools of all layers, to see whether they are still there; the thread that copies has let go of them."""
+    for transport in cache._transports.values():
+        transport.busy_ms()
+    return [weakref.ref(layer.pages.store.pool) for layer in cache.paged_layers]
+
+
+def test_no_old_pool_is_held_once_rows_are_dropped_or_memory_is_taken_anew(llama):
+    cache = PagedKVCache(llama.config, **ROOMY)
+    with cache.attached(llama), torch.inference_mode():
+        out = llama(make_prompt(40, batch=4).ids, past_key_values=cache).logits[:, -1:]
+        for _ in range(4):
+            out = llama(out.argmax(-1), past_key_values=cache).logits
+        four = pools_of(cache)
+        cache.batch_select_indices(torch.tensor([0]))
+        assert [pool() for pool in four] == [None] * N_LAYERS
+        out = out[:1]
+        for _ in range(4):
+            out = llama(out.argmax(-1), past_key_values=cache).logits
+        one = pools_of(cache)
+        cache.torn = True
+        cache.reset()
+        assert [pool() for pool in one] == [None] * N_LAYERS
+
+
+def test_a_value_alone_may_need_a_gradient(llama):
+    """As with adapters on the value projection of the first layer."""
+    model = copy.deepcopy(llama).requires_grad_(False)
+    model.model.layers[0].self_attn.v_proj.weight.requires_grad_(True)
+    prompt, cache = make_prompt(40), PagedKVCache(model.config, **ROOMY)
+    whole = model(torch.cat([prompt.ids, prompt.ids[:, :6]], dim=1)).logits[:, -6:]
+    with cache.attached(model):
+        model(prompt.ids, past_key_values=cache)
+        ours = [model(prompt.ids[:, step : step + 1], past_key_values=cache).logits for step in range(6)]
+    assert torch.allclose(torch.cat(ours, dim=1), whole, atol=1e-4)
+
+
+def test_a_step_may_repeat_one_made_in_inference_mode_outside_of_it(llama, repeats):
+    prompt, cache = make_prompt(40), PagedKVCache(llama.config, **ROOMY)
+    with cache.attached(llama):
+        with torch.inference_mode():
+            llama(prompt.ids, past_key_values=cache)
+            for step in range(3):
+                llama(prompt.ids[:, step : step + 1], past_key_values=cache)
+        before = repeats()
+        with torch.no_grad():
+            ours = llama(prompt.ids[:, 3:4], past_key_values=cache).logits
+    assert repeats() == before + N_LAYERS
+    whole = llama(torch.cat([prompt.ids, prompt.ids[:, :4]], dim=1)).logits[:, -1:]
+    assert torch.allclose(ours, whole, atol=1e-4)
+
+
+def test_who_overrides_attended_is_told_of_every_step(llama, repeats):
+    told = []
+
+    class Told(PagedKVCache):
+        def attended(self, layer, sequence, attention):
+            told.append(len(attention.mass()))
+
+    logits_and_counts(llama, Told(llama.config, **ROOMY))
+    assert repeats() == 0
+    assert told == [-(-n // 16) for n in range(N_PROMPT + 1, N_PROMPT + N_NEW + 1) for _ in range(N_LAYERS)]
+
+
+def test_positions_that_were_cropped_leave_no_trace_where_pages_are_gathered(llama, monkeypatch):
+    """What is not written of the open page is multiplied by 0 there, which NaN would outlive."""
+    settings = ROOMY | {"page_size": 4, "max_gpu_pages": 40, "policy": "attention"}
+    prompt, cache = make_prompt(70), PagedKVCache(llama.config, **settings)
+    monkeypatch.setattr(pool_reads, "CALL_BYTES", {"cpu": 0})
+    with cache.attached(llama), torch.inference_mode():
+        llama(prompt.ids, past_key_values=cache)
+        llama(prompt.ids[:, :1], past_key_values=cache)
+        for layer in cache.paged_layers:
+            sequence = layer.pages.sequences[0]
+            sequence.store.pool[sequence.table.resident[17], 2:] = float("nan")
+        cache.crop(-1)
+        for layer in cache.paged_layers:  # so that pages no longer lie in one stretch
+            layer.pages.store.drain()
+            table = layer.pages.sequences[0].table
+            for page in (3, 8):
+                table.evict({one for one in table.resident if one != page})
+        monkeypatch.setattr(pool_reads, "CALL_BYTES", {"cpu": 10**12})
+        ours = llama(prompt.ids[:, :1], past_key_values=cache).logits
+    whole = llama(torch.cat([prompt.ids, prompt.ids[:, :1]], dim=1)).logits[:, -1:]
+    assert torch.allclose(ours, whole, atol=1e-4)
