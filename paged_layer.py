@@ -258,8 +258,8 @@ class PagedLayer(CacheLayerMixin):
         Returns:
             [B, H, T, D] in the query's dtype; 0 for positions that are padding.
         """
+        plain = allowed is None and softcap is None and sinks is None and self.cache.phase == "decode"
         if self._repeat is not None:
-            plain = allowed is None and softcap is None and sinks is None and self.cache.phase == "decode"
             if plain and not self.cache.watches_attention and self._repeat.serves(self.pages, query, key, value, scale):
                 return self._attend_again(query, key, value)
             self._repeat = None
@@ -277,9 +277,9 @@ class PagedLayer(CacheLayerMixin):
         except BaseException:
             self.cache.torn = True  # some pages may be staged and not attended, some positions written and others not
             raise
-        if attend == self._attend_token and rule == ScoreRule(scale) and self.selector is None:
+        if plain and query.shape[2] == 1 and self.selector is None:
             plan = self._plans.get(0)
-            if padding is None and plan is not None and not self._shares_asked_for(self.pages.sequences[0]):
+            if plan is not None and not self._shares_asked_for(self.pages.sequences[0]):
                 self._repeat = StandingStep.after(self.pages, plan, scale)
         return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(query.dtype)
 

@@ -269,7 +269,7 @@ class PagedSequence:
         as_set = self.paging.access_order == "resident_first"
         order = wanted if as_set else sorted(wanted)
         self.recorder.asked(self.layer_idx, self.lane, order, self.table.resident)
-        if self._standing is not None and self._standing.holds(order, self.table):
+        if self._standing is not None and self._standing.stands(self.table) and self._standing.wanted == order:
             return self._answer_again(self._standing, look_ahead)
         self._standing = None
         plain, of_all_slots = (shadow.ask(order, pinned, as_set) for shadow in self.shadows)
@@ -289,7 +289,7 @@ class PagedSequence:
     def answers_again(self, wave: dict[int, int]) -> bool:
         """Whether the last request was answered with this wave, and asking the same again would be."""
         standing = self._standing
-        return standing is not None and standing.wave is wave and standing.n_changes == self.table.n_changes
+        return standing is not None and standing.wave is wave and standing.stands(self.table)
 
     def ask_again(self, look_ahead: LooksAhead) -> None:
         """Make the last request once more, where `answers_again` says that its answer is known."""

@@ -214,6 +214,6 @@ class StandingAnswer:
     n_changes: int
     wave: dict[int, int]
 
-    def holds(self, wanted: Sequence[int], table: PageTable) -> bool:
-        """Whether it is the answer now."""
-        return self.n_changes == table.n_changes and self.wanted == wanted
+    def stands(self, table: PageTable) -> bool:
+        """Whether it would be the answer again: no page has moved."""
+        return self.n_changes == table.n_changes

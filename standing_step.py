@@ -36,18 +36,18 @@ class StandingStep:
     """
 
     def __init__(self, pages: LayerPages, plan: ReadPlan, scale: float):
-        (self._stretch,) = plan.stretches
+        (stretch,) = plan.stretches
         self._pages, self._sequence, self._scale, self._wave = pages, pages.sequences[0], scale, plan.wave
         self._pool = plan.pool
         self._n_tokens = self._sequence.n_tokens
-        whole, rest = self._stretch.whole_and_rest(self._stretch.pool)
+        whole, rest = stretch.whole_and_rest(stretch.pool)
         self._whole = None if whole is None else keys_values(whole)
         self._rest = keys_values(rest)  # to its end, of which a step takes what is written
         size = pages.paging.page_size
         self._n_before = rest.shape[1] - size  # positions of the rest before the open page
-        self._last = (self._n_tokens // size + 1) * size - 1  # the position that fills the open page
-        self._open_page = self._stretch.pool[-1]  # [P, 2, K, D]
-        self._fill = self._n_tokens % size
+        self._first = self._n_tokens - self._n_tokens % size  # of the open page
+        self._last = self._first + size - 1  # which fills it
+        self._open_page = stretch.pool[-1]  # [P, 2, K, D]
         _, n_kv_heads, head_dim, _, _ = pages.kind
         self._key_shape = 1, n_kv_heads, 1, head_dim
 
@@ -81,12 +81,11 @@ class StandingStep:
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Write `[1, K, 1, D]` and attend from `[1, H, 1, D]` to all there is; the same shape, float32."""
         n_kv_heads, head_dim = key.shape[1], key.shape[3]
-        written = self._open_page.select(0, self._fill)  # [2, K, D]
+        written = self._open_page.select(0, self._n_tokens - self._first)  # [2, K, D]
         torch.cat((key.view(1, n_kv_heads, head_dim), value.view(1, n_kv_heads, head_dim)), out=written)
-        self._fill += 1
         self._n_tokens += 1
         self._sequence.n_tokens = self._pages.n_tokens = self._n_tokens
-        end = self._n_before + self._fill
+        end = self._n_before + self._n_tokens - self._first
         keys, values = (states.narrow(2, 0, end) for states in self._rest)
         if self._whole is None and rows_apart(1, n_kv_heads, query.shape[1] // n_kv_heads, query.device):
             return attention_with_lse(query, keys, values, scale=self._scale).out

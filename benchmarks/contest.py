@@ -23,7 +23,7 @@ from rich.table import Table
 
 from models import LoadedModel, load_model
 from run_statistics import log_ratio, median_with_interval, paired_ratio
-from utils import atomic_write_text, environment
+from utils import environment, write_json
 
 BANDWIDTH_BYTES = 2**29  # more than any cache holds
 BANDWIDTH_PASSES = 7
@@ -162,5 +162,5 @@ def publish(name: str, arguments: argparse.Namespace, document: Mapping[str, Any
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     document = {"benchmark": name, "settings": settings, "environment": environment(), **document}
     if arguments.output is not None:
-        atomic_write_text(arguments.output, json.dumps(document, indent=1) + "\n")
+        write_json(arguments.output, document)
     print(json.dumps(document), flush=True)

@@ -44,10 +44,9 @@ class Context:
 
     def poured_into(self, cache: Any) -> Any:
         """The cache, holding this context."""
-        paged = isinstance(cache, PagedKVCache)
         for layer, (keys, values) in enumerate(self.keys_values):
             cache.update(keys.clone(), values.clone(), layer)
-        if paged:
+        if isinstance(cache, PagedKVCache):
             cache.prompt_tokens = self.n_tokens
         return cache
 

@@ -132,9 +132,14 @@ def contestants(
         ),
     }
     if whole > 4:
-        made["budget"] = ours(page_size=arguments.page_size, max_gpu_pages=max(4, whole // 2), link=link)
+        made["budget"] = ours(page_size=arguments.page_size, max_gpu_pages=half_of(whole), link=link)
     wanted = None if arguments.only is None else {"HF dynamic", *arguments.only}
     return {name: make for name, make in made.items() if wanted is None or name in wanted}
+
+
+def half_of(n_pages: int) -> int:
+    """The budget of half the pages, as small as one may be."""
+    return max(4, n_pages // 2)
 
 
 def ceilings(arguments: argparse.Namespace, context: Context, bandwidth: float, weights: int) -> dict[str, float]:
@@ -142,7 +147,7 @@ def ceilings(arguments: argparse.Namespace, context: Context, bandwidth: float, 
     have to move over the bandwidth of the link, where it is known."""
     link = choose_link(arguments.link, "cpu")
     whole = pages_of(context.n_tokens, arguments.page_size)
-    moved = context.kv_bytes * max(0, whole - max(4, whole // 2)) / whole
+    moved = context.kv_bytes * max(0, whole - half_of(whole)) / whole
     return {
         "weights": weights / bandwidth / 1e6,
         "weights and all keys and values": (weights + context.kv_bytes) / bandwidth / 1e6,

@@ -56,7 +56,7 @@ def main() -> None:
     show("Copies to the device, alone", ("pages", "MB", "GB/s"), [tuple(row.values())[:3] for row in copies])
     n_new = arguments.rounds * (arguments.tokens + 1) + 1
     context = read_context(model, arguments.context, n_new)
-    cases = [case(model, arguments, context, link) for link in arguments.links]
+    cases = [case(model, arguments, context, link, copies) for link in arguments.links]
     targets = [goal for one in cases for goal in one.pop("targets")]
     show_targets(targets)
     publish("transfers", arguments, {"copies": copies, "cases": cases, "targets": targets})
@@ -136,8 +136,10 @@ class CopyingBeside:
         return taken
 
 
-def case(model: LoadedModel, arguments: argparse.Namespace, context: Context, name: str) -> dict[str, Any]:
-    """Streaming over one link."""
+def case(
+    model: LoadedModel, arguments: argparse.Namespace, context: Context, name: str, copies: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Streaming over one link; `copies` say what the device's own reaches."""
     size, link = arguments.page_size, named_link(name)
     n_positions = context.n_tokens + len(context.continuation)
     whole = pages_of(n_positions, size)
@@ -165,7 +167,7 @@ def case(model: LoadedModel, arguments: argparse.Namespace, context: Context, na
         counted = decoders[one].cache.recorder.snapshot("decode")
         bytes_moved = counted["h2d_pages"] * page_bytes / counted["steps"]
         must_move = counted["must_move"] * page_bytes / counted["steps"]
-        link_gb_s = bandwidth or max(row["gb_s"] for row in copying_alone(model, arguments))
+        link_gb_s = bandwidth or max(row["gb_s"] for row in copies)
         link_ms = must_move / link_gb_s / 1e6
         floors = [max(link_ms, time_of_all) for time_of_all in measured["all resident"]]
         on_cpu = measured.get("all resident, copying beside")
