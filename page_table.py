@@ -16,8 +16,8 @@ Eviction drops a slot and copies nothing: a page is written to the host once, wh
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Collection, Iterable
+from heapq import heappop, heappush
 
 from page_policies import NothingToEvict, ReplacementPolicy
 
@@ -45,8 +45,9 @@ class PageTable:
         self.n_changes = 0
         self.resident: dict[int, int] = {}
         self.staged: dict[int, int] = {}
-        # First freed, first used: the slot freed last is the one whose copy to the host is most likely still under way.
-        self.free_slots = deque(range(first_slot, first_slot + max_resident + staging))
+        # A heap, as the lowest free slot is taken first: so pages keep together, and pages that are taken in ascending
+        # order lie in it, which makes one copy of them, and one stretch for attention to read.
+        self.free_slots = list(range(first_slot, first_slot + max_resident + staging))
 
     def slot(self, page: int) -> int | None:
         """The device slot of a resident or staged page, or None."""
@@ -74,7 +75,7 @@ class PageTable:
         self._require_absent(page)
         self.n_changes += 1
         evicted = None if self.free_slots else self.evict(pinned)
-        self.staged[page] = self.free_slots.popleft()
+        self.staged[page] = heappop(self.free_slots)
         return self.staged[page], evicted
 
     def admit(self, page: int, pinned: Collection[int]) -> int | None:
@@ -93,7 +94,7 @@ class PageTable:
         self.n_changes += 1
         must_evict = len(self.resident) >= self.max_resident or not self.free_slots
         evicted = self.evict(pinned) if must_evict else None
-        self.resident[page] = self.free_slots.popleft()
+        self.resident[page] = heappop(self.free_slots)
         self.policy.insert(page)
         return self.resident[page], evicted
 
@@ -110,20 +111,20 @@ class PageTable:
             raise RuntimeError(f"{type(self.policy).__name__} chose page {page}, which is pinned or not resident")
         self.n_changes += 1
         self.policy.remove(page)
-        self.free_slots.append(self.resident.pop(page))
+        heappush(self.free_slots, self.resident.pop(page))
         return page
 
     def unstage(self, page: int) -> None:
         """Give up a staged page and free its slot."""
         self.n_changes += 1
-        self.free_slots.append(self.staged.pop(page))
+        heappush(self.free_slots, self.staged.pop(page))
 
     def truncate(self, n_pages: int) -> None:
         """Forget the resident pages from number `n_pages` on; their slots are free again."""
         self.n_changes += 1
         for page in [page for page in self.resident if page >= n_pages]:
             self.policy.remove(page)
-            self.free_slots.append(self.resident.pop(page))
+            heappush(self.free_slots, self.resident.pop(page))
         if hasattr(self.policy, "truncate"):
             self.policy.truncate(n_pages)
 
@@ -140,7 +141,7 @@ class PageTable:
         shift = first_slot - self.first_slot
         other.resident = {page: slot + shift for page, slot in self.resident.items()}
         taken = set(other.resident.values())
-        other.free_slots = deque(slot for slot in other.free_slots if slot not in taken)
+        other.free_slots = [slot for slot in other.free_slots if slot not in taken]
         return other
 
     def _require_absent(self, page: int) -> None:

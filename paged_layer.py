@@ -378,10 +378,9 @@ class PagedLayer(CacheLayerMixin):
         grouped = group_heads(query, n_kv_heads)
         # A chunk's shares are not kept: they take memory.
         is_told = self.cache.phase == "decode" and key is None and self._shares_asked_for(sequence)
-        page_by_page = is_told or reading.heads is not None
-        per_part = (
-            1 if page_by_page else max(1, (PART_TOKENS if length == 1 else CHUNK_PART_TOKENS) // self.paging.page_size)
-        )
+        part_tokens = self.paging.page_size  # a part for each page
+        if not is_told and reading.heads is None:
+            part_tokens = max(part_tokens, PART_TOKENS if length == 1 else CHUNK_PART_TOKENS)
         if key is not None:
             started = self.clock.now()
             own = attention_with_lse(query, key, value, scale=rule.scale, causal=True, softcap=rule.softcap)
@@ -389,7 +388,7 @@ class PagedLayer(CacheLayerMixin):
             self._spent_attending(started)
         for wave in reading.waves:
             started = self.clock.now()
-            for pages, part in self._attend_wave(sequence, wave, grouped, rule, per_part):
+            for pages, part in self._attend_wave(sequence, wave, grouped, rule, part_tokens):
                 if reading.heads is not None:
                     unseen = ~reading.heads[self._index(pages)].unsqueeze(-1)
                     part = Partial(part.out, part.lse.masked_fill(unseen, float("-inf")))
@@ -421,13 +420,13 @@ class PagedLayer(CacheLayerMixin):
     def _spent_attending(self, started: Any) -> None:
         self.cache.recorder.spent(self.layer_idx, "attend", self.clock.since(started))
 
-    def _attend_wave(self, sequence, wave, grouped, rule, per_part) -> Iterator[tuple[list[int], Partial]]:
-        """Attend to pages that are on the device, `per_part` of them to a part."""
+    def _attend_wave(self, sequence, wave, grouped, rule, part_tokens) -> Iterator[tuple[list[int], Partial]]:
+        """Attend to pages that are on the device, in parts of about so many positions."""
         pool, fill = self.pages.store.pool, sequence.n_tokens % self.paging.page_size
         open_page, plan = sequence.n_pages - 1 if fill else None, self._plans.get(sequence.lane)
-        most = per_part * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
-        if plan is None or not plan.serves(wave, open_page, pool, per_part, most):
-            plan = self._plans[sequence.lane] = plan_reads(wave, open_page, pool, per_part, most, self._index)
+        most = part_tokens // self.paging.page_size * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
+        if plan is None or not plan.serves(wave, open_page, pool, part_tokens, most):
+            plan = self._plans[sequence.lane] = plan_reads(wave, open_page, pool, part_tokens, most, self._index)
         for stretch in plan.stretches:
             yield from self._attend_stretch(stretch, fill, grouped, rule)
 

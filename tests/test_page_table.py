@@ -196,13 +196,14 @@ def test_a_cleared_table_serves_every_slot_again():
         table.clear()
 
 
-def test_the_slot_that_was_freed_first_is_used_first():
-    table = PageTable(2, 1, POLICIES.create("lru"))
-    slots = {page: table.open(page, ())[0] for page in (1, 2)}
-    spare = table.stage(3, ())[0]
-    table.unstage(3)
-    table.evict({2})
-    assert [table.stage(page, ())[0] for page in (4, 5)] == [spare, slots[1]]
+def test_the_lowest_free_slot_is_used_first_so_that_pages_keep_together():
+    table = PageTable(3, 2, POLICIES.create("lru"))
+    slots = {page: table.open(page, ())[0] for page in (1, 2, 3)}
+    assert table.stage(4, ())[0] == 3
+    table.evict({1, 3})
+    table.evict({3})
+    table.unstage(4)
+    assert [table.stage(page, ())[0] for page in (5, 6, 7, 8)] == [slots[1], slots[2], 3, 4]
 
 
 def test_a_staged_page_is_never_evicted():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import pool_reads
 from paged_attention import attend_parts, merged_output, plain_attention_with_lse, side_by_side
-from pool_reads import plan_reads
+from pool_reads import n_equal_parts, plan_reads
 
 K, D = 2, 8
 
@@ -28,7 +28,7 @@ def waves(draw):
 
 
 def plan(wave, open_page, pool, per_part, most=10**6):
-    return plan_reads(wave, open_page, pool, per_part, most, torch.tensor)
+    return plan_reads(wave, open_page, pool, per_part * pool.shape[1], most, torch.tensor)
 
 
 @settings(max_examples=300, deadline=None)
@@ -107,3 +107,23 @@ def test_what_is_gathered_at_a_time_is_bounded(monkeypatch):
     monkeypatch.setattr(pool_reads, "MOST_GATHERED_BYTES", 5 * pool[0].nbytes)
     stretches = plan({page: 2 * page for page in range(20)}, None, pool, 1).stretches
     assert [len(stretch.pages) for stretch in stretches] == [5, 5, 5, 5]
+
+
+def test_on_a_cpu_the_open_page_does_not_end_a_stretch():
+    pool = torch.zeros(8, 4, 2, K, D)
+    (stretch,) = plan({0: 1, 1: 2, 2: 3, 3: 4}, 1, pool, 2).stretches
+    ((pages, keys, _, bias),) = stretch.parts(fill=3)
+    assert stretch.gathered is None and pages == [0, 1, 2, 3] and keys.shape == (2, K, 8, D)
+    assert (bias.flatten() != 0).nonzero().flatten().tolist() == [7]  # of page 1, in slot 2, its last position
+
+
+@given(st.integers(1, 500), st.integers(1, 300), st.integers(1, 4000))
+def test_parts_are_equal_and_none_is_shorter_than_a_page(n_pages, page_size, wanted):
+    n = n_equal_parts(n_pages, page_size, wanted)
+    length, rest = divmod(n_pages * page_size, n)
+    assert rest == 0 and length >= page_size
+    assert n == 1 or length > wanted // 2
+
+
+def test_pages_of_a_power_of_two_are_cut_into_parts_of_at_most_twice_what_is_wanted():
+    assert max(n * 32 / n_equal_parts(n, 32, 512) for n in range(1, 300)) <= 1024
