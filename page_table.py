@@ -54,6 +54,14 @@ class PageTable:
         found = self.resident.get(page)
         return self.staged.get(page) if found is None else found
 
+    def slots_of_residents(self, pages: Iterable[int]) -> dict[int, int] | None:
+        """The device slots of pages, by page; None if not all of them are resident."""
+        resident = self.resident
+        try:
+            return {page: resident[page] for page in pages}
+        except KeyError:
+            return None
+
     @property
     def makes_room(self) -> bool:
         """Whether a page more has a slot, or an eviction that is due with it frees one."""

@@ -386,6 +386,8 @@ class PagedLayer(CacheLayerMixin):
             own = attention_with_lse(query, key, value, scale=rule.scale, causal=True, softcap=rule.softcap)
             merged.append(Partial(group_heads(own.out, n_kv_heads), own.lse.reshape(1, n_kv_heads, -1)))
             self._spent_attending(started)
+        # A span each, for between waves there is waiting; where all pages are there, reading and merging are one.
+        all_there = key is None and isinstance(reading.waves, tuple)
         for wave in reading.waves:
             started = self.clock.now()
             for pages, part in self._attend_wave(sequence, wave, grouped, rule, part_tokens):
@@ -396,10 +398,12 @@ class PagedLayer(CacheLayerMixin):
                     seen.append((pages, part.lse))
                 # The parts of one token are small enough to be merged all at once.
                 merged = [*merged, part] if length == 1 else [merge([*merged, part])]
-            self._spent_attending(started)
+            if not all_there:
+                self._spent_attending(started)
         if not merged:  # nothing but padding so far
             return torch.zeros_like(query, dtype=torch.float32)
-        started = self.clock.now()
+        if not all_there:
+            started = self.clock.now()
         if rule.sinks is not None:
             merged.append(sink_part(rule.sinks, like=merged[0]))
         together = side_by_side(merged)

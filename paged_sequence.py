@@ -22,7 +22,7 @@ from page_table import PageTable
 from recorder import Recorder
 from registry import POLICIES
 from resolution import LooksAhead, Resolution, StandingAnswer
-from shadow_lru import ShadowLRU
+from yardstick import Asked, Yardstick
 
 
 class PagedSequence:
@@ -47,7 +47,7 @@ class PagedSequence:
         self.lane, self.paging, self.store, self.recorder, self.layer_idx = lane, paging, store, recorder, layer_idx
         policy = POLICIES.create(paging.policy)
         self.table = PageTable(paging.max_gpu_pages, paging.staging_pages, policy, first_slot=lane * paging.slots)
-        self.shadows = ShadowLRU(paging.max_gpu_pages), ShadowLRU(paging.slots)
+        self.yardstick = Yardstick(recorder, layer_idx, paging.max_gpu_pages, paging.slots)
         self.n_tokens = 0
         self.holes: list[int] = []
         self.host_rows: list[int] = []
@@ -56,6 +56,7 @@ class PagedSequence:
         self._evicted_for_prefetch: set[int] = set()
         self._unread_mass: tuple[Sequence[int], Callable[[], list[float]]] | None = None
         self._touches_are_idempotent = getattr(policy.touch, "idempotent", False)
+        self._as_set = paging.access_order == "resident_first"
         self._standing: StandingAnswer | None = None
         self._pinned: tuple[int, set[int]] = (0, set())
 
@@ -110,8 +111,7 @@ class PagedSequence:
         if not self.table.makes_room and not self.give_up_one(pinned, only_arrived=True):
             self.give_up_one(pinned)
         slot, evicted = self.table.open(page, pinned)
-        for shadow in self.shadows:
-            shadow.insert(page, pinned)
+        self.yardstick.opened(page, pinned)
         if evicted is not None:
             self.count(evictions=1)
         self.recorder.waited(self.layer_idx, self.store.await_slot(slot))
@@ -131,8 +131,7 @@ class PagedSequence:
         for page in [page for page in self.arriving if page >= n_pages]:
             self._give_up(page)
         self.table.truncate(n_pages)
-        for shadow in self.shadows:
-            shadow.truncate(n_pages)
+        self.yardstick.truncate(n_pages)
         self._evicted_for_prefetch = {page for page in self._evicted_for_prefetch if page < n_pages}
         self._unread_mass = None
         if fill and kept_sealed < self.n_sealed:
@@ -155,24 +154,20 @@ class PagedSequence:
             if not self.table.makes_room:
                 self.give_up_one(pinned)
             slot, evicted = self.table.stage(page, pinned)
-            self.arriving[page] = self.fetch([page], [slot])
-            self.recorder.copying(self.layer_idx, "fetch", self.arriving[page], 1)
-            self.count(h2d_pages=1, evictions=int(evicted is not None))
+            self.arriving[page] = self.fetch("fetch", [page], [slot], evictions=int(evicted is not None))
         elif page in self.table.staged:
             self.count(prefetch_on_time=self.taken_up(page))
         if page in self.table.staged:
             self.recorder.waited(self.layer_idx, self.arriving.pop(page).wait())
             self.count(evictions=int(self.table.admit(page, pinned) is not None))
-        for shadow in self.shadows:
-            shadow.insert(page, pinned)
+        self.yardstick.opened(page, pinned)
         self.store.await_slot(self.table.resident[page])
 
     def clear(self) -> None:
         """Forget every position."""
         self.drop()
         self.table.clear()
-        for shadow in self.shadows:
-            shadow.clear()
+        self.yardstick.clear()
         self._evicted_for_prefetch.clear()
         self.n_tokens, self.holes, self._unread_mass = 0, [], None
 
@@ -181,7 +176,7 @@ class PagedSequence:
         as they never change. What was on its way to this sequence only is not copied."""
         other = PagedSequence(lane, self.paging, self.store, self.recorder, self.layer_idx)
         other.table = self.table.fork(other.table.first_slot)
-        other.shadows = tuple(shadow.copy() for shadow in self.shadows)
+        other.yardstick = self.yardstick.copy()
         other.n_tokens, other.holes, other.host_rows = self.n_tokens, list(self.holes), list(self.host_rows)
         other._unread_mass = self._unread_mass
         other._evicted_for_prefetch = set(self._evicted_for_prefetch)
@@ -225,11 +220,9 @@ class PagedSequence:
             slots.append(self.table.stage(page, ())[0])
             chosen.append(page)
         if chosen:
-            ticket = self.fetch(chosen, slots)
+            ticket = self.fetch("prefetch", chosen, slots, prefetch_issued=len(chosen))
             self.arriving.update(dict.fromkeys(chosen, ticket))
-            self.recorder.copying(self.layer_idx, "prefetch", ticket, len(chosen))
             self._evicted_for_prefetch.difference_update(chosen)
-            self.count(h2d_pages=len(chosen), prefetch_issued=len(chosen))
 
     def _give_up_less_wanted(self, page: int, rank: Mapping[int, int], kept: Collection[int]) -> bool:
         """Free the slot of the page in `arriving` that ranks last, if that is behind this one; whether one was. Those
@@ -265,26 +258,38 @@ class PagedSequence:
         Returns:
             Waves of `{page: slot}`, as in `Resolution`.
         """
-        self._tell_policy()
-        as_set = self.paging.access_order == "resident_first"
+        if self._unread_mass is not None:
+            self._tell_policy()
+        as_set = self._as_set
         order = wanted if as_set else sorted(wanted)
-        self.recorder.asked(self.layer_idx, self.lane, order, self.table.resident)
+        if self.recorder.keep_requests:
+            self.recorder.asked(self.layer_idx, self.lane, order, self.table.resident)
         if self._standing is not None and self._standing.stands(self.table) and self._standing.wanted == order:
             return self._answer_again(self._standing, look_ahead)
         self._standing = None
-        plain, of_all_slots = (shadow.ask(order, pinned, as_set) for shadow in self.shadows)
+        wave = self.table.slots_of_residents(order) if as_set else None
+        if wave is not None:
+            return self._answer_at_once(wave, order, pinned, look_ahead)
         skips = may_skip and self.paging.on_miss == "skip"
-        self.count(
-            must_move=0 if skips else max(0, len(order) - self.table.max_resident),
-            shadow_hits=len(plain),
-            shadow_slots_hits=len(of_all_slots),
-        )
+        must_move = 0 if skips else max(0, len(order) - self.table.max_resident)
+        asked = self.yardstick.asked(order, pinned, as_set)
         if not as_set:
-            return self._one_by_one(order, pinned, plain, look_ahead)
-        resolution = Resolution(self, order, pinned, plain, look_ahead, skips=skips)
-        if len(of_all_slots) == len(order) == self.n_pages:  # selected pages are hardly ever the same again
-            self._standing = resolution.standing()
-        return resolution
+            return self._one_by_one(order, pinned, asked, look_ahead, must_move)
+        return Resolution(self, order, pinned, asked, look_ahead, must_move, skips=skips)
+
+    def _answer_at_once(
+        self, wave: dict[int, int], order: Sequence[int], pinned: set[int], look_ahead: LooksAhead
+    ) -> Iterable[dict[int, int]]:
+        """Answer a request whose pages are all resident, as a `Resolution` would."""
+        self.table.touch(reversed(order))
+        self.yardstick.asked(order, pinned, resident_first=True, hits=order)
+        self.count(hits=len(order))
+        if self._evicted_for_prefetch:
+            self.looked_up(order, ())
+        if len(order) == self.n_pages and self.yardstick.holds_all:  # selected pages are hardly ever the same again
+            self._standing = StandingAnswer(order, self.table.n_changes, wave)
+        look_ahead(order)
+        return (wave,)
 
     def answers_again(self, wave: dict[int, int]) -> bool:
         """Whether the last request was answered with this wave, and asking the same again would be."""
@@ -307,13 +312,13 @@ class PagedSequence:
         return (standing.wave,)
 
     def _one_by_one(
-        self, order: Sequence[int], pinned: set[int], lru_held: Collection[int], look_ahead: LooksAhead
+        self, order: Sequence[int], pinned: set[int], asked: Asked, look_ahead: LooksAhead, must_move: int
     ) -> Iterator[dict[int, int]]:
         """Naive paging: no page is asked for before the one before it has been attended."""
         request = pinned.union(order)
         for page in order[:-1]:
-            yield from Resolution(self, [page], pinned, lru_held, request=request)
-        yield from Resolution(self, order[-1:], pinned, lru_held, lambda _: look_ahead(order))
+            yield from Resolution(self, [page], pinned, asked, request=request)
+        yield from Resolution(self, order[-1:], pinned, asked, lambda _: look_ahead(order), must_move)
 
     def attended(self, pages: Sequence[int], mass: Callable[[], list[float]]) -> None:
         """Note each page's share of a decode step's attention, for a policy that goes by it. It is read when pages are
@@ -321,9 +326,8 @@ class PagedSequence:
         self._unread_mass = (pages, mass)
 
     def _tell_policy(self) -> None:
-        if self._unread_mass is not None:
-            (pages, mass), self._unread_mass = self._unread_mass, None
-            self.table.policy.observe(dict(zip(pages, mass(), strict=True)))
+        (pages, mass), self._unread_mass = self._unread_mass, None
+        self.table.policy.observe(dict(zip(pages, mass(), strict=True)))
 
     def fetched_for_later(self, pages: Sequence[int], ticket: Ticket) -> None:
         """A step does without these pages, whose copies it has asked for."""
@@ -369,11 +373,13 @@ class PagedSequence:
             self.count(pollution=len(self._evicted_for_prefetch.intersection(missing)))
             self._evicted_for_prefetch.difference_update(wanted)
 
-    def fetch(self, pages: Sequence[int], slots: Sequence[int]) -> Ticket:
-        """Start copying sealed pages into slots, as one transfer."""
+    def fetch(self, name: str, pages: Sequence[int], slots: Sequence[int], **counts: float) -> Ticket:
+        """Start copying sealed pages into slots, as one transfer; `name` is what the timeline calls it, and `counts` go
+        with it."""
         started = time.perf_counter()
         ticket = self.store.fetch([(slot, self.host_rows[page]) for page, slot in zip(pages, slots, strict=True)])
-        self.count(copy_ms=1000.0 * (time.perf_counter() - started))
+        self.count(h2d_pages=len(pages), copy_ms=1000.0 * (time.perf_counter() - started), **counts)
+        self.recorder.copying(self.layer_idx, name, ticket, len(pages))
         return ticket
 
     def count(self, **counts: float) -> None:

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from timeline import Copy, Timeline
 
 EVENT_RESOLUTION_MS = 0.005  # two CUDA events next to each other are a few microseconds apart
+MOST_LATER = 2**20  # page numbers that may be kept for counting later: some 40 MB
 
 Stall = float | Callable[[], float]
+Counts = Mapping[str, float]  # by field of StepRecord
 
 
 @dataclasses.dataclass
@@ -92,9 +95,11 @@ class PageRequest:
 class Recorder:
     """Counts what the paged cache does; the only place that counts.
 
-    The inference thread writes, any thread may read, and never sees half an event. Times on CUDA are pairs of events
-    that can only be read once the device has passed them, so a time may be a callable: it is resolved in `settle`,
-    after the run.
+    Events come for every layer of every step, so an event is only noted, and a step's events are summed as the next one
+    begins or somebody reads. The inference thread writes, any thread may read, and never sees half an event.
+
+    Times on CUDA are pairs of events that can only be read once the device has passed them, so a time may be a
+    callable: it is resolved in `settle`, after the run.
 
     Args:
         keep_requests: whether each request is kept as it is, in `requests`; else only counts are.
@@ -104,22 +109,31 @@ class Recorder:
     def __init__(self, keep_requests: bool = False, timeline: Timeline | None = None):
         self._lock = threading.Lock()
         self.keep_requests, self.timeline = keep_requests, timeline
+        # Each with the step and the layer that it belongs to:
+        self._noted: deque[tuple[StepRecord, int, Counts]] = deque()
+        self._later: deque[tuple[StepRecord, int, Callable[[], Counts]]] = deque()
+        self._unread: list[tuple[StepRecord, int, Callable[[], float], Callable[[float], Counts]]] = []
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the next `begin_step` starts at step 0."""
+        self.catch_up()
         with self._lock:
             self.steps: list[StepRecord] = []
             self.by_layer: dict[int, StepRecord] = {}
             self.requests: list[PageRequest] = []
-            self._unread: list[tuple[Callable[[float], None], Callable[[], float]]] = []
+            self._now: StepRecord | None = None
+            self._noted.clear()
+            self._unread = []
             if self.timeline is not None:
                 self.timeline.reset()
 
     def begin_step(self, phase: str) -> None:
         """Open the record of the next forward pass; `phase` is `"prefill"` or `"decode"`."""
         with self._lock:
-            self.steps.append(StepRecord(step=len(self.steps), phase=phase))
+            self._sum_up()
+            self._now = StepRecord(step=len(self.steps), phase=phase)
+            self.steps.append(self._now)
 
     def asked(self, layer: int, sequence: int, pages: Sequence[int], resident: Iterable[int]) -> None:
         """Keep a request, if requests are kept; see `PageRequest`."""
@@ -131,13 +145,33 @@ class Recorder:
 
     def count(self, layer: int, **counts: float) -> None:
         """Add to the current step, and for decode to its layer: `count(3, hits=7, misses=1)`."""
-        with self._lock:
-            for record in self._records(layer):
-                held = record.__dict__  # this runs for every layer of every step, and is twice as fast as setattr
-                for name, amount in counts.items():
-                    held[name] += amount
+        self._noted.append((self._now or _no_step(), layer, counts))
 
-    def waited(self, layer: int, stall: Stall, n_early: int = 0, n_prefetched: int = 0, n_lru_held: int = 0) -> None:
+    def count_later(self, layer: int, counts: Callable[[], Counts], n_pages: int) -> None:
+        """Add to the current step what takes time to find out and is wanted after the run: `counts` is called when the
+        counts are read, or when there is much to be kept until then. First come, first called.
+
+        Args:
+            n_pages: about how many page numbers it keeps.
+        """
+        self._later.append((self._now or _no_step(), layer, counts))
+        self._n_later += n_pages
+        if self._n_later > MOST_LATER:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Count what was left for later."""
+        with self._lock:
+            self._catch_up()
+
+    def waited(
+        self,
+        layer: int,
+        stall: Stall,
+        n_early: int = 0,
+        n_prefetched: int = 0,
+        hit: Callable[[], int] = int,
+    ) -> None:
         """Add time that computing waited for a copy.
 
         Args:
@@ -145,31 +179,35 @@ class Recorder:
             n_early: pages of that copy that were on their way as they were asked for; they are late, or hits if it
                 turns out that nothing had to wait for them.
             n_prefetched: how many of these a prediction had asked for.
-            n_lru_held: how many of these plain LRU would have held.
+            hit: told if they are hits; gives how many of them plain LRU would have held.
         """
         if self.timeline is not None:
             self.timeline.waited(layer, stall)
-        with self._lock:
-            add = partial(_add_wait, self._records(layer), n_early, n_prefetched, n_lru_held)
-            if callable(stall):
-                self._unread.append((add, stall))
-            else:
-                add(stall)
+        counts = partial(_wait, n_early, n_prefetched, hit)
+        if callable(stall):
+            self._find_out(layer, stall, counts)
+        else:
+            self._noted.append((self._now or _no_step(), layer, counts(stall)))
 
     def spent(self, layer: int, stage: str, time: Stall) -> None:
         """Add the time of a stage, `"select"`, `"predict"` or `"attend"`; in ms, or a function that gives it after the
         run."""
         if self.timeline is not None:
             self.timeline.spent(layer, stage, time)
+        field = _SPENT[stage]
         if callable(time):
-            with self._lock:
-                self._unread.append((partial(_add_time, self._records(layer), f"{stage}_ms"), time))
+            self._find_out(layer, time, lambda milliseconds: {field: milliseconds})
         else:
-            self.count(layer, **{f"{stage}_ms": time})
+            self._noted.append((self._now or _no_step(), layer, {field: time}))
+
+    def _find_out(self, layer: int, time: Callable[[], float], counts: Callable[[float], Counts]) -> None:
+        with self._lock:
+            self._unread.append((self._now or _no_step(), layer, time, counts))
 
     def hit_rate_so_far(self) -> float | None:
         """Hits / accesses of the decode steps so far, as far as they are known by now; None before the first."""
         with self._lock:
+            self._sum_up()
             hits = sum(record.hits for record in self.by_layer.values())
             accesses = sum(record.accesses for record in self.by_layer.values())
         return hits / accesses if accesses else None
@@ -182,13 +220,15 @@ class Recorder:
     def settle(self) -> None:
         """Read the times that were still on the device. Call after the device has finished the run."""
         with self._lock:
-            for add, time in self._unread:
-                add(time())
+            for step, layer, time, counts in self._unread:
+                self._add(step, layer, counts(time()))
             self._unread = []
+            self._catch_up()
 
     def snapshot(self, phase: str) -> dict[str, Any]:
         """Totals over the steps of one phase; what depends on times is None while some are still on the device."""
         with self._lock:
+            self._catch_up()
             steps = [step for step in self.steps if step.phase == phase]
             totals = {"steps": len(steps), **_totals(steps)}
             if self._unread:
@@ -197,6 +237,7 @@ class Recorder:
 
     def step_dicts(self) -> list[dict[str, Any]]:
         with self._lock:
+            self._catch_up()
             return [dataclasses.asdict(step) for step in self.steps]
 
     def request_dicts(self) -> list[dict[str, Any]]:
@@ -206,35 +247,47 @@ class Recorder:
     def layer_dicts(self) -> list[dict[str, Any]]:
         """Decode totals by layer, in layer order."""
         with self._lock:
+            self._catch_up()
             return [{"layer": layer, **_totals([record])} for layer, record in sorted(self.by_layer.items())]
 
-    def _records(self, layer: int) -> list[StepRecord]:
-        if not self.steps:
-            raise RuntimeError("a page event was reported before begin_step")
-        current = self.steps[-1]
-        if current.phase != "decode":
-            return [current]
-        of_layer = self.by_layer.get(layer)
-        if of_layer is None:
-            of_layer = self.by_layer[layer] = StepRecord(step=-1, phase="decode")
-        return [current, of_layer]
+    def _catch_up(self) -> None:
+        self._sum_up()
+        while self._later:
+            step, layer, counts = self._later.popleft()
+            self._add(step, layer, counts())
+        self._n_later = 0
+
+    def _sum_up(self) -> None:
+        while self._noted:
+            self._add(*self._noted.popleft())
+
+    def _add(self, step: StepRecord, layer: int, counts: Counts) -> None:
+        records = (step,)
+        if step.phase == "decode":
+            of_layer = self.by_layer.get(layer)
+            if of_layer is None:
+                of_layer = self.by_layer[layer] = StepRecord(step=-1, phase="decode")
+            records = step, of_layer
+        for record in records:
+            held = record.__dict__  # twice as fast as setattr
+            for name, amount in counts.items():
+                held[name] += amount
 
 
-def _add_time(records: Sequence[StepRecord], field: str, milliseconds: float) -> None:
-    for record in records:
-        setattr(record, field, getattr(record, field) + milliseconds)
+def _no_step() -> NoReturn:
+    raise RuntimeError("a page event was reported before begin_step")
 
 
-def _add_wait(records: Sequence[StepRecord], n_early: int, n_prefetched: int, n_lru_held: int, stall_ms: float) -> None:
-    for record in records:
-        record.stall_ms += stall_ms
-        if stall_ms > EVENT_RESOLUTION_MS:
-            record.late += n_early
-            record.prefetch_late += n_prefetched
-        else:
-            record.hits += n_early
-            record.lru_hits += n_lru_held
-            record.prefetch_on_time += n_prefetched
+_SPENT = {"select": "select_ms", "predict": "predict_ms", "attend": "attend_ms"}
+
+
+def _wait(n_early: int, n_prefetched: int, hit: Callable[[], int], stall_ms: float) -> Counts:
+    counts: dict[str, float] = {"stall_ms": stall_ms}
+    if stall_ms > EVENT_RESOLUTION_MS:
+        counts |= {"late": n_early, "prefetch_late": n_prefetched}
+    elif n_early:
+        counts |= {"hits": n_early, "prefetch_on_time": n_prefetched, "lru_hits": hit()}
+    return counts
 
 
 _KNOWN_AFTERWARDS = (

@@ -9,13 +9,15 @@ and has the missing pages copied for a later step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from page_store import Ticket
 from page_table import PageTable
 from recorder import Recorder
+from yardstick import Asked
 
 
 class LooksAhead(Protocol):
@@ -32,7 +34,7 @@ class HasPages(Protocol):
     layer_idx: int
     arriving: dict[int, Ticket]
 
-    def fetch(self, pages: Sequence[int], slots: Sequence[int]) -> Ticket: ...
+    def fetch(self, name: str, pages: Sequence[int], slots: Sequence[int], **counts: float) -> Ticket: ...
     def fetched_for_later(self, pages: Sequence[int], ticket: Ticket) -> None: ...
     def taken_up(self, page: int) -> bool: ...
     def give_up_one(self, kept: Collection[int], only_arrived: bool = False) -> bool: ...
@@ -50,7 +52,8 @@ class Resolution:
     Args:
         sequence: whose pages.
         wanted, pinned, look_ahead: as for `PagedSequence.resolve`.
-        lru_held: the wanted pages that plain LRU would have held.
+        asked: is told which of the pages are hits.
+        must_move: how many of them any policy would have to fetch, for the record.
         request: pages of the request that are not to be given up for these, where `wanted` is a part of it.
         skips: do without the pages that are not there, and have them copied for a later step.
     """
@@ -60,20 +63,22 @@ class Resolution:
         sequence: HasPages,
         wanted: Sequence[int],
         pinned: set[int],
-        lru_held: Set[int],
+        asked: Asked,
         look_ahead: LooksAhead | None = None,
+        must_move: int = 0,
         request: set[int] | None = None,
         skips: bool = False,
     ):
-        self.sequence, self.table, self.wanted, self.lru_held = sequence, sequence.table, wanted, lru_held
+        self.sequence, self.table, self.wanted, self.asked = sequence, sequence.table, wanted, asked
         self.look_ahead, self.always_pinned, self.skips = look_ahead, pinned, skips
         self.pinned = pinned.union(wanted)
         self.request = set(self.pinned) if request is None else request
         self.ready: list[int] = []
         self.missing: deque[int] = deque()
-        # Copies with their pages; and how many of these were on their way already, prefetched, and held by plain LRU.
-        self.under_way: deque[tuple[Ticket, list[int], int, int, int]] = deque()
-        self._find()
+        # Copies with their pages; and how many of these were on their way already, how many of them prefetched, and who
+        # is told if they are hits.
+        self.under_way: deque[tuple[Ticket, list[int], int, int, Callable[[], int]]] = deque()
+        self._find(must_move)
         self._fetch_missing()
 
     def __iter__(self) -> Iterator[dict[int, int]]:
@@ -87,51 +92,41 @@ class Resolution:
         if self.missing:
             raise RuntimeError(f"layer {self.sequence.layer_idx}: no slot was to be had for pages {[*self.missing]}")
 
-    def standing(self) -> StandingAnswer | None:
-        """What later requests for the same pages may be answered with; None if there were others than resident pages,
-        or plain LRU would not have held them all."""
-        if len(self.lru_held) < len(self.wanted) or not all(page in self.table.resident for page in self.wanted):
-            return None
-        return StandingAnswer(self.wanted, self.table.n_changes, self._slots(self.wanted))
-
-    def _find(self) -> None:
+    def _find(self, must_move: int) -> None:
         """Sort the wanted pages into hits, misses and those still on their way, which are counted as they are waited
         for: on CUDA only the device knows whether it had to wait."""
         on_their_way: dict[int, tuple[Ticket, list[int]]] = {}
         n_on_their_way = on_time = 0
-        resident, staged = self.table.resident, self.table.staged
-        hits = [page for page in self.wanted if page in resident]
-        if len(hits) == len(self.wanted):
-            self.ready = hits
-        else:
-            for page in self.wanted:
-                if page in resident:
-                    self.ready.append(page)
-                elif page not in staged:
-                    self.missing.append(page)
-                elif (ticket := self.sequence.arriving[page]).done():
-                    ticket.wait()  # takes no time, but raises if the copy failed
-                    self.sequence.arriving.pop(page)
-                    self.ready.append(page)
-                    on_time += self.sequence.taken_up(page)
-                else:
-                    n_on_their_way += 1
-                    on_their_way.setdefault(id(ticket), (ticket, []))[1].append(page)
-        self.table.touch(reversed(hits))  # the most wanted last, so that it counts as the most recently used
-        counts = {"hits": len(self.ready), "misses": len(self.missing), "prefetch_on_time": on_time}
+        resident, staged, found = self.table.resident, self.table.staged, []
+        for page in self.wanted:
+            if page in resident:
+                found.append(page)
+                self.ready.append(page)
+            elif page not in staged:
+                self.missing.append(page)
+            elif (ticket := self.sequence.arriving[page]).done():
+                ticket.wait()  # takes no time, but raises if the copy failed
+                self.sequence.arriving.pop(page)
+                self.ready.append(page)
+                on_time += self.sequence.taken_up(page)
+            else:
+                n_on_their_way += 1
+                on_their_way.setdefault(id(ticket), (ticket, []))[1].append(page)
+        self.table.touch(reversed(found))  # the most wanted last, so that it counts as the most recently used
+        counts = {"hits": len(self.ready), "misses": len(self.missing), "must_move": must_move}
+        if on_time:
+            counts["prefetch_on_time"] = on_time
         if self.skips:
             counts |= {"late": n_on_their_way, "skipped": n_on_their_way + len(self.missing)}
         else:
             for ticket, pages in on_their_way.values():
                 for page in pages:
                     self.sequence.arriving.pop(page)
-                n_prefetched, n_lru = sum(map(self.sequence.taken_up, pages)), self._n_lru_held(pages)
-                self.under_way.append((ticket, pages, len(pages), n_prefetched, n_lru))
-        self.sequence.count(**counts, lru_hits=self._n_lru_held(self.ready))
+                n_prefetched = sum(map(self.sequence.taken_up, pages))
+                self.under_way.append((ticket, pages, len(pages), n_prefetched, partial(self.asked.hit, pages)))
+        self.asked.hit(self.ready)
+        self.sequence.count(**counts)
         self.sequence.looked_up(self.wanted, self.missing)
-
-    def _n_lru_held(self, pages: Sequence[int]) -> int:
-        return len(self.lru_held.intersection(pages))
 
     def _fetch_missing(self) -> None:
         """Start copying as many missing pages as there are slots for, as one transfer."""
@@ -144,13 +139,11 @@ class Resolution:
             slots.append(slot)
             evictions += evicted is not None
         if pages:
-            ticket = self.sequence.fetch(pages, slots)
-            self.sequence.recorder.copying(self.sequence.layer_idx, "fetch", ticket, len(pages))
-            self.sequence.count(h2d_pages=len(pages), evictions=evictions)
+            ticket = self.sequence.fetch("fetch", pages, slots, evictions=evictions)
             if self.skips:
                 self.sequence.fetched_for_later(pages, ticket)
             else:
-                self.under_way.append((ticket, pages, 0, 0, 0))
+                self.under_way.append((ticket, pages, 0, 0, int))
         if self.skips:
             self.missing.clear()
         if not self.missing and self.look_ahead is not None:

@@ -3,8 +3,8 @@
 A hit rate says little by itself; it depends on the model, the budget and what is asked for. `ShadowLRU` gets the very
 accesses that a layer's pages get and keeps only page ids, so that both hit rates come from one run and one stream.
 
-It is told of every request of every layer and step, so its cost is in every measured time: an access is a step of a
-loop on an ordered dict and calls no function of ours.
+It is told of every request of every layer and step: an access is a step of a loop on an ordered dict and calls no
+function of ours. When it is told, see yardstick.py.
 """
 
 from __future__ import annotations
@@ -73,10 +73,6 @@ class ShadowLRU:
         """The context was cropped: forget all pages but the first `n_pages`."""
         for page in [page for page in self._order if page >= n_pages]:
             del self._order[page]
-
-    def clear(self) -> None:
-        """Forget every page."""
-        self._order.clear()
 
     def copy(self) -> ShadowLRU:
         """A shadow in the same state that goes its own way from here."""

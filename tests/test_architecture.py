@@ -115,6 +115,7 @@ LAYERS = (
     "yaml_source",
     "run_specs",
     "metrics",
+    "yardstick",
     "recorder",
     "timeline",
     "prefetch_threshold",

@@ -100,9 +100,9 @@ def test_sink_and_recent_pages_are_never_copied_in(llama, monkeypatch):
 
     original = PagedSequence.fetch
 
-    def noted(sequence, pages, slots):
+    def noted(sequence, name, pages, slots, **counts):
         fetched.extend(pages)
-        return original(sequence, pages, slots)
+        return original(sequence, name, pages, slots, **counts)
 
     monkeypatch.setattr(PagedSequence, "fetch", noted)
     paged_tokens(llama, make_prompt(64), new_tokens=13, sink_pages=1)

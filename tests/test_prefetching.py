@@ -215,9 +215,9 @@ def watched():
 
         def before(cls, verb, note):
             original = getattr(cls, verb)
-            patch.setattr(cls, verb, lambda self, *given: note(self, *given) or original(self, *given))
+            patch.setattr(cls, verb, lambda self, *given, **more: note(self, *given) or original(self, *given, **more))
 
-        def note_fetch(sequence, pages, slots):
+        def note_fetch(sequence, name, pages, slots):
             pages_there = there[id(sequence.table.policy)]
             copied_again.extend((sequence.layer_idx, sequence.lane, page) for page in pages if page in pages_there)
             pages_there.update(pages)

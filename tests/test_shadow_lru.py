@@ -67,7 +67,7 @@ class ShadowAgainstList(RuleBasedStateMachine):
 
     @rule()
     def clear(self):
-        self.shadow.clear()
+        self.shadow.truncate(0)
         self.model.pages = []
 
     @rule(pages=REQUESTS)
@@ -118,7 +118,7 @@ def test_of_hits_the_most_wanted_are_kept_longest_and_of_misses_the_least_wanted
         shadow.ask([page], ())
         assert shadow.copy().ask([gone], ()) == set()
     assert shadow.ask([7, 8, 4, 5, 6], {4, 5, 6}) == {4, 5, 6}  # for 7 and 8 there is no room
-    shadow.clear()
+    shadow.truncate(0)
     shadow.ask(best, ())
     shadow.ask([4], ())
     assert shadow.ask(best, {1, 2, 3}) == set(best[1:])
