@@ -15,6 +15,7 @@ from typing import Any
 GRANULARITIES = ("layer", "kv_head")
 ACCESS_ORDERS = ("resident_first", "position")
 ON_MISS = ("wait", "skip")
+PAGE_TABLES = ("host", "device")
 ADAPTIVE = "adaptive"
 
 
@@ -36,6 +37,8 @@ class Paging:
         access_order: `"resident_first"`, all wanted pages are asked for as a set; or `"position"`, one by one.
         on_miss: `"wait"` for a page that is not on the device; or `"skip"` it in this step and have it copied for a
             later one, as far as slots are free; an approximation in which a decode step waits for no page.
+        page_table: `"host"`, which asks the device in every layer what was chosen; or `"device"`, where the host waits
+            for nothing (see device_page_table.py).
         host_pages: pages kept in host memory, times the rows of the first batch; later ones go to a file on disk.
             None for all in memory.
         disk_dir: folder of that file; None for the system's temporary folder.
@@ -62,6 +65,7 @@ class Paging:
     recent_pages: int = 1
     access_order: str = "resident_first"
     on_miss: str = "wait"
+    page_table: str = "host"
     host_pages: int | None = None
     disk_dir: str | None = None
     link: str | Mapping[str, Any] = "auto"
@@ -78,7 +82,12 @@ class Paging:
         for name in ("policy", "selector"):
             if not isinstance(getattr(self, name), str | Mapping):
                 raise ValueError(f"{name} must be a name or a mapping with 'name', not {getattr(self, name)!r}")
-        choices = {"granularity": GRANULARITIES, "access_order": ACCESS_ORDERS, "on_miss": ON_MISS}
+        choices = {
+            "granularity": GRANULARITIES,
+            "access_order": ACCESS_ORDERS,
+            "on_miss": ON_MISS,
+            "page_table": PAGE_TABLES,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")
@@ -168,8 +177,43 @@ def paging_conflicts(paging: Any) -> Iterator[tuple[tuple[str, ...], str]]:
             "'on_miss: skip' leaves out what is not there as a step asks for its pages as a set; with 'access_order:"
             " position' it asks one by one, so remove one of the two",
         )
+    if paging.page_table == "device":
+        yield from _device_table_conflicts(paging)
     if paging.disk_dir is not None and paging.host_pages is None:
         yield (("disk_dir", "host_pages"), "'disk_dir' has no effect without host_pages, the pages to keep in memory")
+
+
+def _device_table_conflicts(paging: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    if is_exact(paging.selector):
+        yield (
+            ("page_table", "selector"),
+            "'page_table: device' spares the host from waiting for what a selector chose, and 'selector: all' chooses"
+            " nothing; choose a selector such as quest, or set 'page_table: host'",
+        )
+    policy = paging.policy if isinstance(paging.policy, str) else paging.policy.get("name")
+    if policy != "lru":
+        yield (
+            ("page_table", "policy"),
+            f"'page_table: device' evicts by LRU, on the device; set 'policy: lru', or 'page_table: host' for {policy}",
+        )
+    for key, needed, why in (
+        ("granularity", "layer", "all heads attend to the same pages"),
+        ("access_order", "resident_first", "pages are asked for as a set"),
+        ("on_miss", "wait", "no page that is missing is left out"),
+        ("host_pages", None, "kernels read pages from host memory, and not from disk"),
+        ("record_pages", False, "the host does not know in a step which pages are asked for"),
+    ):
+        if getattr(paging, key) != needed:
+            yield (
+                ("page_table", key),
+                f"with 'page_table: device' {why}; remove {key!r}, or set 'page_table: host'",
+            )
+    if paging.attention_pages is not None and paging.attention_pages > paging.max_gpu_pages:
+        yield (
+            ("page_table", "attention_pages", "max_gpu_pages"),
+            f"with 'page_table: device' all pages that a step attends to are on the device at once; attention_pages is"
+            f" {paging.attention_pages}, so max_gpu_pages has to be as many at least, not {paging.max_gpu_pages}",
+        )
 
 
 @dataclass(frozen=True)
@@ -223,6 +267,12 @@ def prefetch_conflicts(prefetch: Any, paging: Any, needs: Collection[str]) -> It
             f"prefetch_k is {prefetch.prefetch_k}, but staging_pages gives only {paging.staging_pages} slots"
             f" for pages on their way; set staging_pages to at least {prefetch.prefetch_k}, or prefetch_k"
             f" to at most {paging.staging_pages}",
+        )
+    if paging.page_table == "device":
+        yield (
+            ("page_table", "predictor"),
+            "with 'page_table: device' the host does not know which pages are there, so it cannot copy others ahead;"
+            " set 'page_table: host', or 'mode: reactive'",
         )
     if "needs_recording" in needs and paging.on_miss == "skip":
         yield (

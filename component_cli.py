@@ -170,6 +170,7 @@ def _add_paging_flags(parser: argparse.ArgumentParser) -> None:
     pages.add_argument("--policy", metavar="P", help="which page to evict")
     pages.add_argument("--access-order", metavar="O", help="resident_first or position")
     pages.add_argument("--on-miss", metavar="O", help="wait for a page that is not there, or skip it in this step")
+    pages.add_argument("--page-table", metavar="T", help="who knows where pages are: host, or device")
     pages.add_argument("--host-pages", type=int, metavar="N", help="pages in host memory; later ones go to disk")
     pages.add_argument("--disk-dir", metavar="DIR", help="folder for those on disk")
     pages.add_argument("--link", type=_link_choice, metavar="L", help="on a CPU: a preset, memory, or a number of GB/s")
@@ -195,7 +196,17 @@ def _add_prefetch_flags(parser: argparse.ArgumentParser) -> None:
 
 
 PAGING_FLAGS = (
-    *("page_size", "max_gpu_pages", "staging_pages", "policy", "access_order", "on_miss", "host_pages", "disk_dir"),
+    *(
+        "page_size",
+        "max_gpu_pages",
+        "staging_pages",
+        "policy",
+        "access_order",
+        "on_miss",
+        "page_table",
+        "host_pages",
+        "disk_dir",
+    ),
     *("link", "selector", "attention_pages", "attention_fraction", "granularity", "dense_layers", "predictor"),
     *("prefetch_k", "overfetch", "lookahead", "min_confidence", "prefetch_evicts"),
 )

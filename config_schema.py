@@ -293,6 +293,11 @@ class ReactiveExperiment(Experiment):
     on_miss: Literal["wait", "skip"] = Field(
         "wait", description="Wait for a page that is not there, or leave it out of this step: an approximation."
     )
+    page_table: Literal["host", "device"] = Field(
+        "host",
+        description="Who knows where pages are: the host, which waits in every layer for what a selector chose; or the"
+        " device, for which the host waits nowhere (LRU; on CUDA it needs Triton, on a CPU link: memory).",
+    )
     host_pages: CountOrZero | None = Field(
         None, description="Pages kept in host memory, per layer and sequence; later ones go to disk. null: all of them."
     )

@@ -60,8 +60,8 @@ class PagedKVCache(Cache):
         config: the model's config.
         **paging: the fields of `cache_settings.Paging`: `page_size`, `max_gpu_pages`, `staging_pages`, `policy`,
             `selector` with `attention_pages` or `attention_fraction`, `granularity` and `dense_layers`, `sink_pages`,
-            `recent_pages`, `access_order`, `on_miss`, `host_pages` and `disk_dir`, `link`, `record_pages`,
-            `record_timeline`.
+            `recent_pages`, `access_order`, `on_miss`, `page_table`, `host_pages` and `disk_dir`, `link`,
+            `record_pages`, `record_timeline`.
 
     Raises:
         CannotPage: the config has layers that hold something other than keys and values, or none with full attention.
@@ -82,6 +82,11 @@ class PagedKVCache(Cache):
         self._transports: dict[torch.device, Transport] = {}
         self._n_attached = 0
         self.watches_attention = type(self).attended is not PagedKVCache.attended
+        if self.watches_attention and self.paging.page_table == "device":
+            raise ValueError(
+                "with 'page_table: device' the host knows neither which pages are there nor which were attended to, so"
+                " no cache can go by that, as copying ahead does; set 'page_table: host'"
+            )
         self.torn = False
         self.n_decode_steps = 0
         self._made_of = config, paging
@@ -307,7 +312,7 @@ class PagedKVCache(Cache):
             "device_kv_bytes": sum(pages.store.pool.nbytes for pages in paged)
             + sum(layer.keys.nbytes + layer.values.nbytes for layer in kept),
             "staging_bytes": len(sequences) * self.paging.staging_pages * page_bytes,
-            "resident_bytes": sum(len(sequence.table.resident) for sequence in sequences) * page_bytes,
+            "resident_bytes": sum(sequence.n_resident for sequence in sequences) * page_bytes,
             "digest_bytes": sum(pages.digests.nbytes for pages in paged if pages.digests is not None),
             "host_kv_bytes": sum(pages.store.host.nbytes for pages in paged),
             "disk_kv_bytes": sum(pages.store.host.disk_bytes for pages in paged),

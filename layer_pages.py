@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from cache_settings import Paging
+from device_page_table import require_device_table
 from padding import kept_of
 from page_selection import PageDigests
 from page_selectors import Selector
@@ -66,6 +67,8 @@ class LayerPages:
             disk_dir=paging.disk_dir,
         )
         self.store.reserve_host(batch_size * n_sealed)
+        if selector is not None and paging.page_table == "device":
+            require_device_table(self.store)
         self.digests = None
         if selector is not None:
             a_page = torch.zeros((1, n_kv_heads, paging.page_size, head_dim), dtype=dtype, device=device)

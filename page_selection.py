@@ -75,6 +75,7 @@ def _zeros(n_rows: int, n_pages: int, like: torch.Tensor) -> torch.Tensor:
 
 
 UNRANKED = -1  # stands for every page where one has a score that cannot be ranked
+UNRANKABLE = "a page's score is NaN or +inf: the keys or the query are, or the selector overflowed"
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,22 @@ def choose_pages(
     return Choice(pages, heads)
 
 
+def choose_on_device(scores: torch.Tensor, first: int, end: int, n_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `choose_pages` chooses where all heads choose together, and the host waits for nothing.
+
+    Args:
+        scores: [n, K, G] of the full pages.
+        first, end: of the pages there are to choose from.
+        n_chosen: how many to choose, at least 1.
+
+    Returns:
+        Page ids [n_chosen], best first; and whether the scores could be ranked, bool []: if not, see `UNRANKABLE`.
+    """
+    wanted = scores[first:end]
+    top = _shares(wanted, False)[:, 0].sort(descending=True, stable=True).indices[:n_chosen]
+    return top + first, wanted.amax() < math.inf
+
+
 def page_shares(scores: torch.Tensor) -> torch.Tensor:
     """Each page's estimated share of the attention, averaged over all heads: [n, K, G] -> [n], of sum 1."""
     return scores.float().softmax(0).nan_to_num(nan=0.0).mean((1, 2))
@@ -170,7 +187,7 @@ class _Candidates:
             ValueError: the places are UNRANKED.
         """
         if places[0] == UNRANKED:
-            raise ValueError("a page's score is NaN or +inf: the keys or the query are, or the selector overflowed")
+            raise ValueError(UNRANKABLE)
         if len(self.runs) == 1:
             first = self.runs[0].start
             return [first + place for place in places]

@@ -338,6 +338,11 @@ class PageStore:
         """The copy that writes a row which was sealed just now."""
         return self._sealing[row]
 
+    def await_seal(self, row: int) -> None:
+        """Before computation reads a page on the host: wait until it is there."""
+        if row in self._sealing:
+            self._sealing[row].wait()
+
     def release(self, row: int) -> None:
         """Give a reference to a host row back, also while copies of it are under way: whoever takes the row next writes
         after them, as transports keep the order. That a page given up never arrived is no concern of the next one."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from page_policies import NothingToEvict, ReplacementPolicy
 
@@ -32,6 +32,7 @@ class PageTable:
         first_slot: number of this table's first slot in the device pool.
 
     Attributes:
+        n_lent: slots that others use for now; residency is capped by so many less.
         n_changes: how often a page has come, gone or changed its place. While it stays the same, so does where all are.
     """
 
@@ -42,7 +43,7 @@ class PageTable:
             )
         self.max_resident, self.staging, self.first_slot = max_resident, staging, first_slot
         self.policy = policy
-        self.n_changes = 0
+        self.n_changes = self.n_lent = 0
         self.resident: dict[int, int] = {}
         self.staged: dict[int, int] = {}
         # A heap, as the lowest free slot is taken first: so pages keep together, and pages that are taken in ascending
@@ -65,7 +66,11 @@ class PageTable:
     @property
     def makes_room(self) -> bool:
         """Whether a page more has a slot, or an eviction that is due with it frees one."""
-        return bool(self.free_slots) or len(self.resident) >= self.max_resident
+        return bool(self.free_slots) or self._is_full
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self.resident) >= self.max_resident - self.n_lent
 
     def can_stage(self, pinned: Collection[int]) -> bool:
         """Whether `stage` would find a slot, by eviction if need be."""
@@ -90,7 +95,7 @@ class PageTable:
         """Make a staged page resident; returns the page evicted to stay within the budget, if any."""
         slot = self.staged[page]
         self.n_changes += 1
-        evicted = self.evict(pinned) if len(self.resident) >= self.max_resident else None
+        evicted = self.evict(pinned) if self._is_full else None
         del self.staged[page]
         self.resident[page] = slot
         self.policy.insert(page)
@@ -100,7 +105,7 @@ class PageTable:
         """Make an absent page resident at once, to be written by computation; returns its slot and the page evicted."""
         self._require_absent(page)
         self.n_changes += 1
-        must_evict = len(self.resident) >= self.max_resident or not self.free_slots
+        must_evict = self._is_full or not self.free_slots
         evicted = self.evict(pinned) if must_evict else None
         self.resident[page] = heappop(self.free_slots)
         self.policy.insert(page)
@@ -126,6 +131,30 @@ class PageTable:
         """Give up a staged page and free its slot."""
         self.n_changes += 1
         heappush(self.free_slots, self.staged.pop(page))
+
+    def lend(self, n_slots: int, kept: Collection[int]) -> dict[int, int | None]:
+        """Hand out slots, with the pages that lie in them, which are resident no more; None for a slot without one.
+        Slots of `kept` pages are not handed out. Raises NothingToEvict where there are not as many slots."""
+        lent: dict[int, int | None] = {}
+        while len(lent) < n_slots and self.resident.keys() - kept:
+            slot = self.resident[page := self.policy.victim(kept)]
+            self.evict(kept)
+            self.free_slots.remove(slot)
+            lent[slot] = page
+        heapify(self.free_slots)
+        while len(lent) < n_slots:
+            if not self.free_slots:
+                raise NothingToEvict(f"there are no {n_slots} slots to lend")
+            lent[heappop(self.free_slots)] = None
+        self.n_lent += n_slots
+        return lent
+
+    def take_back(self, slots: Collection[int]) -> None:
+        """Slots that were lent are free again."""
+        self.n_changes += 1
+        self.n_lent -= len(slots)
+        for slot in slots:
+            heappush(self.free_slots, slot)
 
     def truncate(self, n_pages: int) -> None:
         """Forget the resident pages from number `n_pages` on; their slots are free again."""

@@ -18,11 +18,10 @@ holds for any forward pass of several tokens, such as the checking of an assista
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -31,7 +30,7 @@ from decode_attention import DecodeAttention
 from hf_attention import CannotPage
 from layer_pages import LayerPages
 from padding import Padding, kept_of
-from page_selection import choose_pages
+from page_selection import choose_on_device, choose_pages
 from page_store import Transport
 from paged_attention import (
     Partial,
@@ -45,7 +44,7 @@ from paged_attention import (
     ungroup_heads,
 )
 from paged_sequence import PagedSequence
-from pool_reads import ReadPlan, plan_reads
+from pool_reads import PageReading, ReadPlan, device_index, plan_reads
 from recorder import Recorder
 from registry import SELECTORS
 from stage_clock import StageClock, clock_for
@@ -63,14 +62,6 @@ class ScoreRule(NamedTuple):
     scale: float
     softcap: float | None = None
     sinks: torch.Tensor | None = None
-
-
-class PageReading(NamedTuple):
-    """A request for the pages of one sequence: the waves they come in, and which key/value heads attend to which pages
-    (bool [pages, K]; None where all heads attend to all of them)."""
-
-    waves: Iterable[dict[int, int]]
-    heads: torch.Tensor | None = None
 
 
 class ServesLayers(Protocol):
@@ -347,6 +338,8 @@ class PagedLayer(CacheLayerMixin):
         if self.selector and query is not None and self.cache.phase == "decode" and n_attended < len(pages):
             started = self.clock.now()
             grouped = group_heads(query[None], self.pages.kind[1])[0] * rule.scale  # [K, G, D]
+            if self.paging.page_table == "device":
+                return self._ask_device(sequence, self.pages.scores(sequence.lane, grouped), n_attended, started)
             per_head = self.paging.granularity == "kv_head"
             choice = choose_pages(self.pages.scores(sequence.lane, grouped), len(pages), pinned, n_attended, per_head)
             pages, heads = choice.pages, choice.heads
@@ -354,6 +347,16 @@ class PagedLayer(CacheLayerMixin):
         look_ahead = partial(self._look_ahead, sequence)
         may_skip = query is not None and self.cache.phase == "decode"
         return PageReading(sequence.resolve(pages, pinned, look_ahead, may_skip), heads)
+
+    def _ask_device(self, sequence: PagedSequence, scores: torch.Tensor, n_attended: int, started: Any) -> PageReading:
+        """Choose pages and have them come without the host's knowing which; see device_page_table.py."""
+        first, end = self.paging.sink_pages, sequence.n_pages - self.paging.recent_pages
+        chosen = choose_on_device(scores, first, end, n_attended - len(sequence.pinned_pages()))
+        self.cache.recorder.spent(self.layer_idx, "select", self.clock.since(started))
+        started = self.clock.now()
+        stretches = sequence.bring_in(*chosen, max(self.paging.page_size, PART_TOKENS))
+        self.cache.recorder.waited(self.layer_idx, self.clock.since(started))
+        return PageReading((stretches,))
 
     def _look_ahead(self, sequence: PagedSequence, wanted: Sequence[int]) -> None:
         """Look ahead once nothing is left to ask for in any row: copies are first come, first served, and what a row
@@ -392,7 +395,7 @@ class PagedLayer(CacheLayerMixin):
             started = self.clock.now()
             for pages, part in self._attend_wave(sequence, wave, grouped, rule, part_tokens):
                 if reading.heads is not None:
-                    unseen = ~reading.heads[self._index(pages)].unsqueeze(-1)
+                    unseen = ~reading.heads[device_index(pages, grouped.device)].unsqueeze(-1)
                     part = Partial(part.out, part.lse.masked_fill(unseen, float("-inf")))
                 if is_told:
                     seen.append((pages, part.lse))
@@ -427,10 +430,14 @@ class PagedLayer(CacheLayerMixin):
     def _attend_wave(self, sequence, wave, grouped, rule, part_tokens) -> Iterator[tuple[list[int], Partial]]:
         """Attend to pages that are on the device, in parts of about so many positions."""
         pool, fill = self.pages.store.pool, sequence.n_tokens % self.paging.page_size
+        if isinstance(wave, list):
+            for stretch in wave:
+                yield from self._attend_stretch(stretch, fill, grouped, rule)
+            return
         open_page, plan = sequence.n_pages - 1 if fill else None, self._plans.get(sequence.lane)
         most = part_tokens // self.paging.page_size * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
         if plan is None or not plan.serves(wave, open_page, pool, part_tokens, most):
-            plan = self._plans[sequence.lane] = plan_reads(wave, open_page, pool, part_tokens, most, self._index)
+            plan = self._plans[sequence.lane] = plan_reads(wave, open_page, pool, part_tokens, most)
         for stretch in plan.stretches:
             yield from self._attend_stretch(stretch, fill, grouped, rule)
 
@@ -438,10 +445,3 @@ class PagedLayer(CacheLayerMixin):
         """A block that was gathered goes before the next one is."""
         for pages, keys, values, bias in stretch.parts(fill):
             yield pages, attend_parts(grouped, keys, values, scale=rule.scale, bias=bias, softcap=rule.softcap)
-
-    def _index(self, places: Sequence[int]) -> torch.Tensor:
-        """Places as an index on the device. From pinned memory, as a pageable copy would make the host wait."""
-        device = self.pages.kind[-1]
-        if device.type != "cuda":
-            return torch.from_numpy(np.array(places)).to(device)
-        return torch.tensor(places, pin_memory=True).to(device, non_blocking=True)

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from cache_settings import Paging
+from device_page_table import DeviceReads
+from page_selection import UNRANKABLE
 from page_store import PageStore, Ticket
 from page_table import PageTable
+from pool_reads import Stretch
 from recorder import Recorder
 from registry import POLICIES
 from resolution import LooksAhead, Resolution, StandingAnswer
@@ -59,6 +63,7 @@ class PagedSequence:
         self._as_set = paging.access_order == "resident_first"
         self._standing: StandingAnswer | None = None
         self._pinned: tuple[int, set[int]] = (0, set())
+        self._on_device: DeviceReads | None = None
 
     @property
     def n_pages(self) -> int:
@@ -69,6 +74,11 @@ class PagedSequence:
     def n_sealed(self) -> int:
         """Pages that are full."""
         return len(self.host_rows)
+
+    @property
+    def n_resident(self) -> int:
+        """Pages that are resident, whoever knows where."""
+        return len(self.table.resident) + (0 if self._on_device is None else self._on_device.n_held)
 
     def pinned_pages(self) -> set[int]:
         """Pages that stay resident: the first `sink_pages` and the last `recent_pages`. Not to be changed."""
@@ -126,6 +136,7 @@ class PagedSequence:
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first `n_tokens` stored positions. A page that is then no longer full is open again."""
+        self._end_lease()
         kept_sealed, fill = divmod(n_tokens, self.paging.page_size)
         n_pages = kept_sealed + (fill > 0)
         for page in [page for page in self.arriving if page >= n_pages]:
@@ -165,6 +176,7 @@ class PagedSequence:
 
     def clear(self) -> None:
         """Forget every position."""
+        self._end_lease()
         self.drop()
         self.table.clear()
         self.yardstick.clear()
@@ -260,6 +272,8 @@ class PagedSequence:
         """
         if self._unread_mass is not None:
             self._tell_policy()
+        if self._on_device is not None:
+            self._end_lease()
         as_set = self._as_set
         order = wanted if as_set else sorted(wanted)
         if self.recorder.keep_requests:
@@ -319,6 +333,45 @@ class PagedSequence:
         for page in order[:-1]:
             yield from Resolution(self, [page], pinned, asked, request=request)
         yield from Resolution(self, order[-1:], pinned, asked, lambda _: look_ahead(order), must_move)
+
+    def bring_in(self, chosen: torch.Tensor, ranked: torch.Tensor, part_tokens: int) -> list[Stretch]:
+        """Have the device find and fetch pages that it has chosen; together with those always resident they are what a
+        decode step attends to.
+
+        Args:
+            chosen, ranked: as from `choose_on_device`.
+            part_tokens: positions that a part should have.
+
+        Raises:
+            ValueError: there are more of them than slots.
+        """
+        pinned = self.pinned_pages()
+        if self._on_device is None:
+            self._on_device = DeviceReads(self.table, self.store, pinned)
+        rows = self.host_rows[: self.n_pages - self.paging.recent_pages]
+        pinned_slots = {page: self.table.resident[page] for page in sorted(pinned)}
+        stretches, was_there = self._on_device.read(chosen, rows, pinned_slots, self.n_sealed, part_tokens)
+        counts = partial(self._brought_in, chosen, was_there, ranked, pinned)
+        self.recorder.count_later(self.layer_idx, counts, len(chosen))
+        return stretches
+
+    def _brought_in(
+        self, chosen: torch.Tensor, was_there: torch.Tensor, ranked: torch.Tensor, pinned: set[int]
+    ) -> dict[str, int]:
+        """The counts of a request, once the device has served it."""
+        if not ranked:
+            raise ValueError(UNRANKABLE)
+        pages = chosen.tolist()
+        hits = [*pinned, *(page for page, there in zip(pages, was_there.tolist(), strict=True) if there)]
+        n_missed = len(pinned) + len(pages) - len(hits)
+        counts = self.yardstick.answer([*sorted(pinned), *pages], pinned, hits)
+        return counts | {"hits": len(hits), "misses": n_missed, "h2d_pages": n_missed}
+
+    def _end_lease(self) -> None:
+        """The host's table serves all pages again."""
+        if self._on_device is not None:
+            self._on_device.end()
+            self._on_device = None
 
     def attended(self, pages: Sequence[int], mass: Callable[[], list[float]]) -> None:
         """Note each page's share of a decode step's attention, for a policy that goes by it. It is read when pages are

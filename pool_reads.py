@@ -15,10 +15,12 @@ A wave that comes again, as in exact attention where all pages fit, is planned o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from paged_attention import NEGATIVE_INFINITY, takes_bias
@@ -90,6 +92,14 @@ class Stretch:
         return n_equal_parts(n_pages, size, self.part_tokens) if n_pages else 0
 
 
+class PageReading(NamedTuple):
+    """A request for the pages of one sequence: the waves they come in, by page and slot or ready to be read, and which
+    key/value heads attend to which pages (bool [pages, K]; None where all heads attend to all of them)."""
+
+    waves: Iterable[dict[int, int] | list[Stretch]]
+    heads: torch.Tensor | None = None
+
+
 @lru_cache(maxsize=1024)
 def n_equal_parts(n_pages: int, page_size: int, part_tokens: int) -> int:
     """The most equal parts that pages can be cut into, with no part shorter than wanted (the last of them excepted) or
@@ -110,6 +120,13 @@ def _bias(
         bias = torch.zeros(n_parts * length, dtype=dtype, device=device)
         bias[begin:end] = NEGATIVE_INFINITY
         return bias.view(n_parts, 1, 1, length)
+
+
+def device_index(places: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Places as an index on the device. From pinned memory, as a pageable copy would make the host wait."""
+    if device.type != "cuda":
+        return torch.from_numpy(np.array(places, dtype=np.int64)).to(device)
+    return torch.tensor(places, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
 
 
 def keys_values(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +162,6 @@ def plan_reads(
     pool: torch.Tensor,
     part_tokens: int,
     most_pages: int,
-    index_of: Callable[[Sequence[int]], torch.Tensor],
 ) -> ReadPlan:
     """Plan a wave.
 
@@ -155,12 +171,11 @@ def plan_reads(
         pool: [n_slots, P, 2, K, D].
         part_tokens: positions that a part should have, at least P.
         most_pages: that may be read together, at least 1.
-        index_of: makes an index on the pool's device.
     """
     slots = set(wave.values())
     n_runs = len(slots.difference([slot - 1 for slot in slots]))
     if (n_runs - 1) * CALL_BYTES.get(pool.device.type, 0) > len(slots) * pool[0].nbytes:
-        stretches = _gathered(wave, open_page, pool, part_tokens, most_pages, index_of)
+        stretches = _gathered(wave, open_page, pool, part_tokens, most_pages)
     else:
         ends_run = None if takes_bias(pool.device) else open_page
         stretches = []
@@ -171,7 +186,7 @@ def plan_reads(
     return ReadPlan(wave, open_page, pool, (part_tokens, most_pages), stretches)
 
 
-def _gathered(wave, open_page, pool, part_tokens, most_pages, index_of) -> list[Stretch]:
+def _gathered(wave, open_page, pool, part_tokens, most_pages) -> list[Stretch]:
     """The pages in whatever order, the open one last."""
     pages = [page for page in wave if page != open_page]
     if open_page in wave:
@@ -180,7 +195,7 @@ def _gathered(wave, open_page, pool, part_tokens, most_pages, index_of) -> list[
     stretches = []
     for start in range(0, len(pages), at_once):
         some = pages[start : start + at_once]
-        index = index_of([wave[page] for page in some])
+        index = device_index([wave[page] for page in some], pool.device)
         stretches.append(Stretch(some, pool, index, part_tokens, _place(open_page, some)))
     return stretches
 

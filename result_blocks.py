@@ -66,6 +66,7 @@ class Paging(Block):
     recent_pages: Count = says("last pages, always resident")
     access_order: Literal["resident_first", "position"] = says("whether pages are asked for as a set or one by one")
     on_miss: Literal["wait", "skip"] = says("whether a step waits for a page that is not there or does without it")
+    page_table: Literal["host", "device"] = says("who knows where pages are and makes room for them")
     host_pages: Count | None = says("pages kept in host memory; null: all")
     disk_dir: str | None = says("folder of later ones; null: the temporary folder, where host_pages is set")
     link: str | dict[str, Any] = says("the simulated bus on a CPU: a preset, or bandwidth_gb_s and latency_us")

@@ -28,7 +28,7 @@ def waves(draw):
 
 
 def plan(wave, open_page, pool, per_part, most=10**6):
-    return plan_reads(wave, open_page, pool, per_part * pool.shape[1], most, torch.tensor)
+    return plan_reads(wave, open_page, pool, per_part * pool.shape[1], most)
 
 
 @settings(max_examples=300, deadline=None)

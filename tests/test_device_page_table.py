@@ -1,0 +1,281 @@
+"""A page table on the device chooses, finds and evicts as the host's does, and nothing is asked of the device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import CONFIGS, Prompt, continue_prompt, make_model, make_prompt
+
+from device_page_table import gather_with_torch, look_up_with_torch
+from kv_paging import PagedKVCache
+from predictive_prefetch import PrefetchingKVCache
+
+PAGING = {"page_size": 8, "max_gpu_pages": 8, "staging_pages": 3, "link": "memory"}
+QUEST = {"selector": "quest", "attention_pages": 5}
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model(CONFIGS["llama_gqa"])
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def placed(request, llama):
+    """The model on each device; it goes back."""
+    yield llama.to(request.param)
+    llama.to("cpu")
+
+
+def tokens_with(model, prompt, new_tokens=12, **paging):
+    prompt = Prompt(prompt.ids.to(model.device), prompt.mask.to(model.device))
+    cache = PagedKVCache(model.config, **PAGING | QUEST | paging)
+    with cache.attached(model):
+        tokens = continue_prompt(model, prompt, new_tokens, past_key_values=cache)
+    return tokens, cache
+
+
+# --- the definition -------------------------------------------------------------------------------------------------
+
+
+class NaivePages:
+    """An ordered dict of pages and slots, the least recently used first."""
+
+    def __init__(self, n_slots):
+        self.slots, self.free = OrderedDict(), list(range(n_slots))
+
+    def ask(self, wanted):
+        there = [page in self.slots for page in wanted]
+        for page in reversed([page for page in wanted if page in self.slots]):
+            self.slots.move_to_end(page)
+        for page, was_there in zip(wanted, there, strict=True):
+            if not was_there:
+                slot = self.free.pop(0) if self.free else self.slots.popitem(last=False)[1]
+                self.slots[page] = slot
+        for page in reversed(wanted):
+            self.slots.move_to_end(page)
+        return [self.slots[page] for page in wanted], there
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 6), st.data())
+def test_looking_up_is_lru(n_slots, data):
+    n_pages, naive, now = 10, NaivePages(n_slots), 1
+    slot_of, page_in = torch.full((n_pages,), -1), torch.full((n_slots,), -1)
+    used_at = torch.zeros(n_slots, dtype=torch.int64)
+    for _ in range(data.draw(st.integers(1, 12))):
+        wanted = data.draw(st.lists(st.integers(0, n_pages - 1), unique=True, min_size=1, max_size=n_slots))
+        slots, was_there = look_up_with_torch(torch.tensor(wanted), slot_of, page_in, used_at, now)
+        now += len(wanted)
+        assert (slots.tolist(), [there == 1 for there in was_there.tolist()]) == naive.ask(wanted)
+        assert {page: slot for page, slot in enumerate(slot_of.tolist()) if slot >= 0} == dict(naive.slots)
+        assert all(page_in[slot] == page for page, slot in naive.slots.items())
+
+
+def test_gathering_puts_pages_side_by_side_and_keeps_those_that_were_missing():
+    hosts, pool = torch.randn(9, 4, 2, 1, 8), torch.zeros(6, 4, 2, 1, 8)
+    pool[[1, 5]], places = torch.randn(2, 4, 2, 1, 8), torch.tensor([3, 1, 0])
+    before = pool.clone()
+    wanted, slots, was_there = [7, 2], torch.tensor([2, 1]), torch.tensor([0, 1], dtype=torch.int8)
+    block = gather_with_torch(pool, places, slots, was_there, [hosts[page] for page in wanted], torch.tensor([5]))
+    assert torch.equal(block, torch.stack([hosts[7], before[1], before[5]]))
+    before[0] = hosts[7]
+    assert torch.equal(pool, before)
+
+
+# --- in a cache -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [30, 64, 97, 200])
+@pytest.mark.parametrize("sinks_and_recent", [(1, 1), (0, 1), (2, 3)])
+def test_tokens_are_those_of_the_hosts_table(placed, length, sinks_and_recent):
+    sinks, recent = sinks_and_recent
+    prompt = make_prompt(length)
+    how = {"sink_pages": sinks, "recent_pages": recent, "attention_pages": 6}
+    ours, cache = tokens_with(placed, prompt, 20, page_table="device", **how)
+    theirs, other = tokens_with(placed, prompt, 20, **how)
+    assert torch.equal(ours, theirs)
+    decode, expected = (one.recorder.snapshot("decode") for one in (cache, other))
+    for name in ("accesses", "shadow_hits", "shadow_slots_hits"):  # the same pages were asked for
+        assert decode[name] == expected[name]
+    assert decode["hits"] + decode["misses"] == decode["accesses"] and decode["h2d_pages"] == decode["misses"]
+
+
+def test_rows_of_a_batch_have_tables_of_their_own(placed):
+    prompt = make_prompt(120, batch=3)
+    assert torch.equal(tokens_with(placed, prompt, page_table="device")[0], tokens_with(placed, prompt)[0])
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
+def test_rows_may_be_copied_and_dropped(llama, options):
+    def generated(**paging):
+        torch.manual_seed(0)
+        cache = PagedKVCache(llama.config, **PAGING | QUEST | paging)
+        with cache.attached(llama):
+            return continue_prompt(llama, make_prompt(90), 12, past_key_values=cache, **options)
+
+    assert torch.equal(generated(page_table="device"), generated())
+
+
+def test_a_context_is_continued_cropped_and_used_again(llama):
+    def run(page_table):
+        cache, seen = PagedKVCache(llama.config, **PAGING | QUEST, page_table=page_table), []
+        prompt = make_prompt(100).ids
+        with cache.attached(llama), torch.inference_mode():
+            for _ in range(2):
+                llama(prompt, past_key_values=cache)
+                for step in range(30):
+                    token = torch.tensor([[5 + step]])
+                    seen.append(llama(token, past_key_values=cache).logits[0, -1].argmax().item())
+                    if step == 9:
+                        cache.crop(-21)
+                    if step == 19:
+                        llama(prompt[:, :40], past_key_values=cache)
+                cache.reset()
+        return seen
+
+    assert run("device") == run("host")
+
+
+def test_slots_that_were_lent_come_back(llama):
+    cache = PagedKVCache(llama.config, **PAGING | QUEST, page_table="device")
+    with cache.attached(llama), torch.inference_mode():
+        llama(make_prompt(150).ids, past_key_values=cache)
+        for _ in range(20):
+            llama(torch.tensor([[7]]), past_key_values=cache)
+        assert cache.memory()["resident_bytes"] <= 8 * cache.page_bytes * len(cache.paged_layers)
+        cache.crop(-1)
+    for layer in cache.paged_layers:
+        table = layer.pages.sequences[0].table
+        assert sorted([*table.free_slots, *table.resident.values()]) == list(range(11))
+
+
+@pytest.mark.cuda
+def test_the_host_waits_for_nothing_in_a_decode_step(llama):
+    model = llama.to("cuda")
+    try:
+        cache = PagedKVCache(model.config, **PAGING | QUEST, page_table="device")
+        token = torch.tensor([[7]], device="cuda")
+        with cache.attached(model), torch.inference_mode():
+            model(make_prompt(100).ids.to("cuda"), past_key_values=cache)
+            for _ in range(9):
+                model(token, past_key_values=cache)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(20):  # pages open and fill meanwhile
+                    model(token, past_key_values=cache)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    finally:
+        llama.to("cpu")
+
+
+def test_scores_that_cannot_be_ranked_are_an_error_when_the_counts_are_read(llama, monkeypatch):
+    from page_selectors import Quest
+
+    monkeypatch.setattr(
+        Quest, "score", lambda self, query, digests: torch.full((len(digests), *query.shape[:2]), torch.nan)
+    )
+    with pytest.raises(ValueError, match="NaN"):
+        tokens_with(llama, make_prompt(100), page_table="device")
+
+
+# --- what it refuses ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"selector": "all", "attention_pages": None}, "choose a selector"),
+        ({"policy": "fifo"}, "policy: lru"),
+        ({"granularity": "kv_head"}, "granularity"),
+        ({"access_order": "position"}, "access_order"),
+        ({"on_miss": "skip"}, "on_miss"),
+        ({"host_pages": 4}, "host_pages"),
+        ({"record_pages": True}, "record_pages"),
+        ({"attention_pages": 9}, "max_gpu_pages has to be"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(llama, settings, message):
+    with pytest.raises(ValueError, match=message):
+        PagedKVCache(llama.config, **PAGING | QUEST | settings, page_table="device")
+
+
+def test_copying_ahead_is_refused(llama):
+    with pytest.raises(ValueError, match="as copying ahead does"):
+        PrefetchingKVCache(llama.config, **PAGING | QUEST, page_table="device", prefetch_k=2)
+
+
+def test_a_simulated_link_is_refused(llama):
+    with pytest.raises(ValueError, match="link: memory"):
+        tokens_with(llama, make_prompt(40), page_table="device", link="pcie4-x16")
+
+
+def test_a_share_that_outgrows_the_budget_is_an_error(llama):
+    with pytest.raises(ValueError, match="raise max_gpu_pages"):
+        tokens_with(llama, make_prompt(200), page_table="device", attention_pages=None, attention_fraction=0.5)
+
+
+# --- the kernels ----------------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_do_what_the_definition_does():
+    """In a process of its own: whether Triton interprets is settled as it is imported."""
+    pytest.importorskip("triton", reason="needs Triton, which requirements-dev.txt brings on Linux")
+    code = "import test_device_page_table as t; t.compare_kernels('cpu')"
+    paths = os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.cuda
+def test_the_compiled_kernels_do_what_the_definition_does():
+    compare_kernels("cuda")
+
+
+def compare_kernels(device):
+    """Random requests, looked up and gathered by kernels and by torch, side by side."""
+    import page_kernels
+
+    generator = torch.Generator().manual_seed(0)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for n_slots in (1, 2, 3, 7, 16, 33, 100):
+            n_pages, now = n_slots + number(1, 20), 1
+            shape = (3, 2, 2, 4) if n_slots < 100 else (40, 2, 2, 16)
+            host = torch.randn(n_pages, *shape, generator=generator).to(dtype)
+            host = host.pin_memory() if device == "cuda" else host
+            pool = torch.randn(n_slots + 5, *shape, generator=generator).to(device, dtype)
+            order = torch.randperm(n_slots + 5, generator=generator).to(device)
+            places, known = order[:n_slots], order[n_slots : n_slots + number(0, 4)]
+            address_of = torch.tensor([page.data_ptr() for page in host], device=device)
+            pools = pool, pool.clone()
+            tables = [
+                [torch.full((n,), -1, device=device) for n in (n_pages, n_slots)]
+                + [torch.zeros(n_slots, dtype=torch.int64, device=device)]
+                for _ in range(2)
+            ]
+            for _ in range(6):
+                wanted = torch.randperm(n_pages, generator=generator)[: number(1, n_slots + 1)].to(device)
+                expected = look_up_with_torch(wanted, *tables[0], now)
+                found = page_kernels.look_up(wanted, *tables[1], now)
+                now += len(wanted)
+                for one, other in zip([*expected, *tables[0]], [*found, *tables[1]], strict=True):
+                    assert torch.equal(one, other)
+                hosts = [host[page] for page in wanted.tolist()]
+                block = gather_with_torch(pools[0], places, *expected, hosts, known)
+                assert torch.equal(block[: len(wanted)].cpu(), torch.stack(hosts))
+                gathered = page_kernels.gather(pools[1], places, *found, wanted, address_of, known)
+                assert torch.equal(gathered, block) and torch.equal(*pools)
