@@ -486,6 +486,7 @@ WRONG = [
         "'quality.tasks' must be a list in brackets, such as [500, 1000] for numbers, found 'passkey'",
     ),
     ("on_miss", "wiat", "'on_miss' must be wait or skip, found 'wiat'; did you mean 'wait'?"),
+    ("page_table", "devise", "'page_table' must be host or device, found 'devise'; did you mean 'device'?"),
 ]
 
 

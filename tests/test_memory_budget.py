@@ -180,10 +180,10 @@ def test_nothing_that_grows_with_the_context_is_allocated_on_the_device(llama, k
     """Prefill to the byte: what a wave takes depends on how its pages lie, of which shorter contexts see all there is.
     A decode step keeps one output and its log-sum-exp for each page, until it merges them, and merging takes them three
     times."""
-    lengths = (LONG - 5) // 3, (LONG - 5) // 2, LONG - 5  # whole chunks
+    lengths = [(LONG - 5) // n for n in (6, 5, 3, 2, 1)]  # whole chunks
     *shorter, prefill = [allocations_of(llama, make_cache(llama, kind, host_pages=0), length, 1) for length in lengths]
     assert prefill.peak <= max(one.peak for one in shorter)
-    assert prefill.largest == shorter[0].largest == shorter[1].largest
+    assert {prefill.largest} == {one.largest for one in shorter}
     whole_of_a_layer = 2 * HEADS * LONG * HEAD_SIZE * 4
     assert prefill.largest < whole_of_a_layer / 4
     decode = allocations_of(llama, make_cache(llama, kind, host_pages=0), lengths[-1], 3)
