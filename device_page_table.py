@@ -22,6 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 
 import torch
+from torch.nn.functional import pad
 
 from page_store import PageStore
 from page_table import PageTable
@@ -37,15 +38,13 @@ class DevicePageTable:
         store: the layer's.
         lent: the slots of its pool that it may use, with the pages that lie in them, None where there is none.
         rows: where the first pages lie on the host, the pages in slots among them.
-
-    Attributes:
-        n_known: pages that may be chosen: page ids below it.
     """
 
     def __init__(self, store: PageStore, lent: Mapping[int, int | None], rows: Sequence[int]):
         device = store.pool.device
         pages = [ABSENT if page is None else page for page in lent.values()]
-        self.store, self.n_known = store, 0
+        held = [(page, slot) for slot, page in enumerate(pages) if page != ABSENT]
+        self.store = store
         self.kernels = triton_kernels() if device.type == "cuda" else None
         with torch.inference_mode(False):
             self.places = device_index(list(lent), device)  # of each slot, in the pool
@@ -56,9 +55,14 @@ class DevicePageTable:
         self._rows: list[int] = []
         self._now = 1
         self.learn(rows)
-        held = [(page, slot) for slot, page in enumerate(pages) if page != ABSENT]
-        for page, slot in held:
-            self._slot_of[page] = slot
+        if held:
+            at, slots = (device_index(column, device) for column in zip(*held, strict=True))
+            self._slot_of[at] = slots
+
+    @property
+    def n_known(self) -> int:
+        """Pages that may be chosen: page ids below it."""
+        return len(self._rows)
 
     @property
     def n_slots(self) -> int:
@@ -71,26 +75,25 @@ class DevicePageTable:
 
     def learn(self, rows: Sequence[int]) -> None:
         """Pages `n_known`, `n_known + 1`, ... lie on the host in these rows. What computes next waits for them to have
-        arrived there."""
-        for row in rows:
-            self.store.await_seal(row)
+        arrived there.
+
+        Raises:
+            RuntimeError: kernels cannot read them there.
+        """
         if not rows:
             return
+        require_device_table(self.store)
+        for row in rows:
+            self.store.await_seal(row)
         addresses = [self.store.host.page(row).data_ptr() for row in rows]
+        first, end, room = self.n_known, self.n_known + len(rows), self._slot_of.numel()
+        if end > room:
+            more = max(end, 2 * room) - room
+            with torch.inference_mode(False):
+                self._slot_of = pad(self._slot_of, (0, more), value=ABSENT)
+                self._address_of = pad(self._address_of, (0, more))
+        self._address_of[first:end] = device_index(addresses, self.places.device)
         self._rows += rows
-        self.n_known += len(rows)
-        if self.n_known > self._slot_of.numel():
-            self._grow(max(self.n_known, 2 * self._slot_of.numel()))
-        made = torch.tensor(addresses, dtype=torch.int64, pin_memory=self._address_of.is_cuda)
-        self._address_of[self.n_known - len(rows) : self.n_known].copy_(made, non_blocking=True)
-
-    def _grow(self, n_pages: int) -> None:
-        with torch.inference_mode(False):
-            for name, fill in (("_slot_of", ABSENT), ("_address_of", 0)):
-                old = getattr(self, name)
-                new = torch.full((n_pages,), fill, dtype=torch.int64, device=old.device)
-                new[: old.numel()] = old
-                setattr(self, name, new)
 
     def bring_in(self, wanted: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find pages, and have them come.
@@ -130,50 +133,52 @@ class DeviceReads:
         table: the host's, which lends its slots: of the budget, all but those of pinned pages.
         store: the layer's.
         pinned: pages that stay with the host's table.
+        rows: the host rows of pages that may be chosen, and of those before them.
     """
 
-    def __init__(self, table: PageTable, store: PageStore, pinned: Collection[int]):
+    def __init__(self, table: PageTable, store: PageStore, pinned: Collection[int], rows: Sequence[int]):
         self._host_table, self._store = table, store
         self._lent = table.lend(table.max_resident - len(pinned), pinned)
-        self._table: DevicePageTable | None = None
-        self._known: tuple[list[int], torch.Tensor] | None = None
+        self._table = DevicePageTable(store, self._lent, rows)
+        self._known: tuple[list[int], torch.Tensor] = [], device_index([], store.pool.device)
 
     @property
     def n_held(self) -> int:
         """Pages in the lent slots; asking waits for the device."""
-        return 0 if self._table is None else self._table.n_held
+        return self._table.n_held
 
     def read(
         self,
         chosen: torch.Tensor,
         rows: Sequence[int],
+        n_choosable: int,
         pinned: Mapping[int, int],
-        n_sealed: int,
         part_tokens: int,
+        names_pages: bool,
     ) -> tuple[list[Stretch], torch.Tensor]:
         """Have chosen pages come, to be read together with the pinned ones.
 
         Args:
-            chosen: [w] page ids, most wanted first.
-            rows: the host rows of the pages that may be chosen, and of those before them.
-            pinned: slots of the pinned pages, by page.
-            n_sealed: full pages; the page after them, if there is one, is open, and pinned.
+            chosen: [w] page ids below `n_choosable`, most wanted first.
+            rows: the host rows of all full pages.
+            pinned: slots of the pinned pages, by page; the page after the full ones, if there is one, is open.
             part_tokens: positions that a part should have.
+            names_pages: whether the stretches are to say which pages they hold, which the host has to wait for; else
+                they number them.
 
         Returns:
             What to read, and which of the chosen pages were there, [w], 1 or 0.
         """
-        if self._table is None:
-            self._table = DevicePageTable(self._store, self._lent, rows)
-        self._table.learn(rows[self._table.n_known :])
-        full = [slot for page, slot in pinned.items() if page < n_sealed]
-        if self._known is None or self._known[0] != full:
-            self._known = full, device_index(full, self._store.pool.device)
+        self._table.learn(rows[self._table.n_known : n_choosable])
+        full = {page: slot for page, slot in pinned.items() if page < len(rows)}
+        if self._known[0] != [*full.values()]:
+            self._known = [*full.values()], device_index([*full.values()], self._store.pool.device)
         block, was_there = self._table.bring_in(chosen, self._known[1])
-        stretches = [Stretch([*range(len(block))], block, None, part_tokens, None)]
-        if n_sealed in pinned:
-            at = pinned[n_sealed]
-            stretches.append(Stretch([n_sealed], self._store.pool[at : at + 1], None, part_tokens, 0))
+        pages = [*chosen.tolist(), *full] if names_pages else range(len(block))
+        stretches = [Stretch(pages, block, None, part_tokens, None)]
+        if len(rows) in pinned:
+            at = pinned[len(rows)]
+            stretches.append(Stretch([len(rows)], self._store.pool[at : at + 1], None, part_tokens, 0))
         return stretches, was_there
 
     def end(self) -> None:

@@ -82,11 +82,6 @@ class PagedKVCache(Cache):
         self._transports: dict[torch.device, Transport] = {}
         self._n_attached = 0
         self.watches_attention = type(self).attended is not PagedKVCache.attended
-        if self.watches_attention and self.paging.page_table == "device":
-            raise ValueError(
-                "with 'page_table: device' the host knows neither which pages are there nor which were attended to, so"
-                " no cache can go by that, as copying ahead does; set 'page_table: host'"
-            )
         self.torn = False
         self.n_decode_steps = 0
         self._made_of = config, paging

@@ -354,7 +354,8 @@ class PagedLayer(CacheLayerMixin):
         chosen = choose_on_device(scores, first, end, n_attended - len(sequence.pinned_pages()))
         self.cache.recorder.spent(self.layer_idx, "select", self.clock.since(started))
         started = self.clock.now()
-        stretches = sequence.bring_in(*chosen, max(self.paging.page_size, PART_TOKENS))
+        is_told, size = self._shares_asked_for(sequence), self.paging.page_size
+        stretches = sequence.bring_in(*chosen, size if is_told else max(size, PART_TOKENS), names_pages=is_told)
         self.cache.recorder.waited(self.layer_idx, self.clock.since(started))
         return PageReading((stretches,))
 

@@ -272,8 +272,7 @@ class PagedSequence:
         """
         if self._unread_mass is not None:
             self._tell_policy()
-        if self._on_device is not None:
-            self._end_lease()
+        self._end_lease()
         as_set = self._as_set
         order = wanted if as_set else sorted(wanted)
         if self.recorder.keep_requests:
@@ -334,23 +333,26 @@ class PagedSequence:
             yield from Resolution(self, [page], pinned, asked, request=request)
         yield from Resolution(self, order[-1:], pinned, asked, lambda _: look_ahead(order), must_move)
 
-    def bring_in(self, chosen: torch.Tensor, ranked: torch.Tensor, part_tokens: int) -> list[Stretch]:
+    def bring_in(
+        self, chosen: torch.Tensor, ranked: torch.Tensor, part_tokens: int, names_pages: bool
+    ) -> list[Stretch]:
         """Have the device find and fetch pages that it has chosen; together with those always resident they are what a
         decode step attends to.
 
         Args:
             chosen, ranked: as from `choose_on_device`.
-            part_tokens: positions that a part should have.
+            part_tokens, names_pages: as for `DeviceReads.read`.
 
         Raises:
             ValueError: there are more of them than slots.
         """
-        pinned = self.pinned_pages()
+        pinned, n_choosable = self.pinned_pages(), self.n_pages - self.paging.recent_pages
         if self._on_device is None:
-            self._on_device = DeviceReads(self.table, self.store, pinned)
-        rows = self.host_rows[: self.n_pages - self.paging.recent_pages]
-        pinned_slots = {page: self.table.resident[page] for page in sorted(pinned)}
-        stretches, was_there = self._on_device.read(chosen, rows, pinned_slots, self.n_sealed, part_tokens)
+            self._on_device = DeviceReads(self.table, self.store, pinned, self.host_rows[:n_choosable])
+        slots = {page: self.table.resident[page] for page in sorted(pinned)}
+        stretches, was_there = self._on_device.read(
+            chosen, self.host_rows, n_choosable, slots, part_tokens, names_pages
+        )
         counts = partial(self._brought_in, chosen, was_there, ranked, pinned)
         self.recorder.count_later(self.layer_idx, counts, len(chosen))
         return stretches

@@ -36,14 +36,14 @@ class Stretch:
     """Pages that are read together.
 
     Attributes:
-        pages: page ids in the order in which they lie.
+        pages: page ids in the order in which they lie; of pages that only the device knows, numbers from 0 on.
         pool: [n, P, 2, K, D], the pages in the pool; or the whole pool, to gather them from.
         gathered: places in the pool of the pages to gather; None if they are read where they lie.
         part_tokens: positions that a part should have.
         open_at: the place of the open page among `pages`; None if it is not there.
     """
 
-    pages: list[int]
+    pages: Sequence[int]
     pool: torch.Tensor
     gathered: torch.Tensor | None
     part_tokens: int
@@ -54,7 +54,7 @@ class Stretch:
         """Whether the last page is the open one."""
         return self.open_at == len(self.pages) - 1
 
-    def parts(self, fill: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    def parts(self, fill: int) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """What to attend to, call by call: pages, keys and values [parts, K, S, D], and their bias, if any.
 
         Args:

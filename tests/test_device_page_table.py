@@ -29,7 +29,11 @@ def llama():
     return make_model(CONFIGS["llama_gqa"])
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+on_cuda = pytest.mark.parametrize("placed", [CUDA], indirect=True)
+
+
+@pytest.fixture(params=["cpu", CUDA])
 def placed(request, llama):
     """The model on each device; it goes back."""
     yield llama.to(request.param)
@@ -159,24 +163,52 @@ def test_slots_that_were_lent_come_back(llama):
         assert sorted([*table.free_slots, *table.resident.values()]) == list(range(11))
 
 
-@pytest.mark.cuda
-def test_the_host_waits_for_nothing_in_a_decode_step(llama):
-    model = llama.to("cuda")
-    try:
-        cache = PagedKVCache(model.config, **PAGING | QUEST, page_table="device")
-        token = torch.tensor([[7]], device="cuda")
-        with cache.attached(model), torch.inference_mode():
-            model(make_prompt(100).ids.to("cuda"), past_key_values=cache)
-            for _ in range(9):
-                model(token, past_key_values=cache)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for _ in range(20):  # pages open and fill meanwhile
-                    model(token, past_key_values=cache)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-    finally:
-        llama.to("cpu")
+@on_cuda
+def test_the_host_waits_for_nothing_in_a_decode_step(placed):
+    cache = PagedKVCache(placed.config, **PAGING | QUEST, page_table="device")
+    token = torch.tensor([[7]], device="cuda")
+    with cache.attached(placed), torch.inference_mode():
+        placed(make_prompt(100).ids.to("cuda"), past_key_values=cache)
+        for _ in range(9):
+            placed(token, past_key_values=cache)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):  # pages open and fill meanwhile
+                placed(token, past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_who_watches_attention_sees_the_same_pages_and_shares(placed):
+    class Watching(PagedKVCache):
+        def attended(self, layer, sequence, attention):
+            seen.append((layer.layer_idx, dict(zip(attention.pages, attention.mass(), strict=True))))
+
+    def run(page_table):
+        cache = Watching(placed.config, **PAGING | QUEST, page_table=page_table)
+        prompt = make_prompt(150)
+        with cache.attached(placed):
+            continue_prompt(placed, Prompt(prompt.ids.to(placed.device), None), 12, past_key_values=cache)
+        return cache
+
+    seen: list = []
+    run("device")
+    ours, seen = seen, []
+    run("host")
+    assert len(ours) == len(seen) > 0
+    for (layer, shares), (other_layer, expected) in zip(ours, seen, strict=True):
+        assert layer == other_layer and shares == pytest.approx(expected, abs=1e-5)
+
+
+@on_cuda
+def test_memory_that_is_not_pinned_is_refused_as_soon_as_pages_lie_there(placed):
+    cache = PagedKVCache(placed.config, **PAGING | QUEST, page_table="device")
+    with cache.attached(placed), torch.inference_mode():
+        placed(make_prompt(100).ids.to("cuda"), past_key_values=cache)
+        for layer in cache.paged_layers:
+            layer.pages.store.host.is_pinned = False  # as if pinning what was added last had been refused
+        with pytest.raises(RuntimeError, match="pinning was refused"):
+            placed(torch.tensor([[7]], device="cuda"), past_key_values=cache)
 
 
 def test_scores_that_cannot_be_ranked_are_an_error_when_the_counts_are_read(llama, monkeypatch):
@@ -211,7 +243,7 @@ def test_what_does_not_go_with_it_is_refused(llama, settings, message):
 
 
 def test_copying_ahead_is_refused(llama):
-    with pytest.raises(ValueError, match="as copying ahead does"):
+    with pytest.raises(ValueError, match="cannot copy others ahead"):
         PrefetchingKVCache(llama.config, **PAGING | QUEST, page_table="device", prefetch_k=2)
 
 
