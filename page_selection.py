@@ -129,9 +129,7 @@ def choose_pages(
         return Choice(sorted(always), None)
 
     wanted = scores[runs[0]] if len(runs) == 1 else torch.cat([scores[run] for run in runs])
-    shares = _shares(wanted, per_kv_head)  # [candidates, K], or [candidates, 1]
-    top = shares.sort(dim=0, descending=True, stable=True).indices[:n_chosen]  # topk leaves the order of ties open
-    ranked = wanted.amax() < math.inf  # not so if any is NaN, either
+    shares, top, ranked = _largest(wanted, per_kv_head, n_chosen)
     candidates = _Candidates(runs)
     if not per_kv_head:
         return Choice(sorted(always) + candidates.pages(torch.where(ranked, top[:, 0], UNRANKED).tolist()), None)
@@ -164,9 +162,8 @@ def choose_on_device(scores: torch.Tensor, first: int, end: int, n_chosen: int) 
     Returns:
         Page ids [n_chosen], best first; and whether the scores could be ranked, bool []: if not, see `UNRANKABLE`.
     """
-    wanted = scores[first:end]
-    top = _shares(wanted, False)[:, 0].sort(descending=True, stable=True).indices[:n_chosen]
-    return top + first, wanted.amax() < math.inf
+    _, top, ranked = _largest(scores[first:end], False, n_chosen)
+    return top[:, 0] + first, ranked
 
 
 def page_shares(scores: torch.Tensor) -> torch.Tensor:
@@ -193,6 +190,14 @@ class _Candidates:
             return [first + place for place in places]
         pages = [page for run in self.runs for page in range(run.start, run.stop)]
         return [pages[place] for place in places]
+
+
+def _largest(scores: torch.Tensor, per_kv_head: bool, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Shares as from `_shares`; the places of the `n` largest in each column, best first; and whether the scores could
+    be ranked, bool []."""
+    shares = _shares(scores, per_kv_head)
+    top = shares.sort(dim=0, descending=True, stable=True).indices[:n]  # topk leaves the order of ties open
+    return shares, top, scores.amax() < math.inf  # not so if any is NaN, either
 
 
 def _shares(scores: torch.Tensor, per_kv_head: bool) -> torch.Tensor:

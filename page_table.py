@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 from page_policies import NothingToEvict, ReplacementPolicy
 
@@ -118,14 +118,19 @@ class PageTable:
             touch(page)
 
     def evict(self, pinned: Collection[int]) -> int:
-        """Drop the policy's victim and free its slot. Raises NothingToEvict if all are pinned."""
+        """Drop the policy's victim and free its slot; returns the page. Raises NothingToEvict if all are pinned."""
+        page, slot = self._drop(pinned)
+        heappush(self.free_slots, slot)
+        return page
+
+    def _drop(self, pinned: Collection[int]) -> tuple[int, int]:
+        """The policy's victim, resident no more, and the slot it lay in."""
         page = self.policy.victim(pinned)
         if page in pinned or page not in self.resident:
             raise RuntimeError(f"{type(self.policy).__name__} chose page {page}, which is pinned or not resident")
         self.n_changes += 1
         self.policy.remove(page)
-        heappush(self.free_slots, self.resident.pop(page))
-        return page
+        return page, self.resident.pop(page)
 
     def unstage(self, page: int) -> None:
         """Give up a staged page and free its slot."""
@@ -137,11 +142,8 @@ class PageTable:
         Slots of `kept` pages are not handed out. Raises NothingToEvict where there are not as many slots."""
         lent: dict[int, int | None] = {}
         while len(lent) < n_slots and self.resident.keys() - kept:
-            slot = self.resident[page := self.policy.victim(kept)]
-            self.evict(kept)
-            self.free_slots.remove(slot)
+            page, slot = self._drop(kept)
             lent[slot] = page
-        heapify(self.free_slots)
         while len(lent) < n_slots:
             if not self.free_slots:
                 raise NothingToEvict(f"there are no {n_slots} slots to lend")

@@ -275,8 +275,7 @@ class PagedSequence:
         self._end_lease()
         as_set = self._as_set
         order = wanted if as_set else sorted(wanted)
-        if self.recorder.keep_requests:
-            self.recorder.asked(self.layer_idx, self.lane, order, self.table.resident)
+        self.recorder.asked(self.layer_idx, self.lane, order, self.table.resident)
         if self._standing is not None and self._standing.stands(self.table) and self._standing.wanted == order:
             return self._answer_again(self._standing, look_ahead)
         self._standing = None
@@ -297,8 +296,7 @@ class PagedSequence:
         self.table.touch(reversed(order))
         self.yardstick.asked(order, pinned, resident_first=True, hits=order)
         self.count(hits=len(order))
-        if self._evicted_for_prefetch:
-            self.looked_up(order, ())
+        self.looked_up(order, ())
         if len(order) == self.n_pages and self.yardstick.holds_all:  # selected pages are hardly ever the same again
             self._standing = StandingAnswer(order, self.table.n_changes, wave)
         look_ahead(order)

@@ -8,6 +8,7 @@ only noted, and what the LRUs make of it is counted as the counts are read (`Rec
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import copy
 from functools import partial
 
 from recorder import Recorder
@@ -63,12 +64,12 @@ class Yardstick:
     def __init__(self, recorder: Recorder, layer_idx: int, budget: int, slots: int):
         self._recorder, self._layer_idx = recorder, layer_idx
         self._shadows = ShadowLRU(budget), ShadowLRU(slots)
-        self._budget, self._most_pages = budget, 0
+        self._most_pages = 0
 
     @property
     def holds_all(self) -> bool:
         """Whether plain LRU is sure to hold every page: it has never had more than it has room for."""
-        return self._most_pages <= self._budget
+        return self._most_pages <= self._shadows[0].capacity
 
     def opened(self, page: int, pinned: Collection[int]) -> None:
         """Computation has begun to write a page."""
@@ -101,9 +102,8 @@ class Yardstick:
     def copy(self) -> Yardstick:
         """One in the same state that goes its own way from here."""
         self._recorder.catch_up()
-        twin = Yardstick(self._recorder, self._layer_idx, self._budget, 1)
+        twin = copy(self)
         twin._shadows = tuple(shadow.copy() for shadow in self._shadows)
-        twin._most_pages = self._most_pages
         return twin
 
     def _insert(self, page: int, pinned: Collection[int]) -> dict[str, int]:
