@@ -10,7 +10,7 @@ Under exact attention every step needs every page, so what does not fit has to m
 
 The larger of the two is the floor. On a CPU there is a third, as host and device are the same memory and the same
 cores: a copy takes bandwidth from computing and a core with it, which no bus does. That is measured as well, as steps
-with all pages resident while a worker copies as many bytes that nobody waits for. For each link the contestants are
+with all pages resident while a worker copies as many bytes, other ones for each layer, that nobody waits for. For each link the contestants are
 
     reactive       a layer's missing pages are fetched when it asks
     predictive     the next layer's missing pages are copied while this one computes
@@ -116,17 +116,19 @@ class CopyingBeside:
         self.decoder = decoder
         device = decoder.model.device
         self.transport = transport_for(device, choose_link("auto", device.type))
-        n_layers = len(decoder.cache.paged_layers)
-        n_bytes = bytes_per_step // n_layers
-        self.source = torch.ones(n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self.target = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
+        layers = decoder.cache.paged_layers
+        n_bytes = bytes_per_step // len(layers)
+        # Each layer has bytes of its own, as its pages are: what was copied just before is still in a CPU's caches.
+        sources = torch.ones((len(layers), n_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        targets = torch.zeros((len(layers), n_bytes), dtype=torch.uint8, device=device)
+        self.moves = dict(zip((layer.layer_idx for layer in layers), zip(targets, sources, strict=True), strict=True))
 
     def decode(self, n_tokens: int) -> float:
-        def copy(*_: Any) -> None:
-            self.transport.copy([(self.target, self.source)], to_device=True)
+        def copy(module: Any, *_: Any) -> None:
+            self.transport.copy([self.moves[module.layer_idx]], to_device=True)
 
         modules = {getattr(module, "layer_idx", None): module for module in self.decoder.model.model.modules()}
-        hooks = [modules[layer.layer_idx].register_forward_pre_hook(copy) for layer in self.decoder.cache.paged_layers]
+        hooks = [modules[layer].register_forward_pre_hook(copy) for layer in self.moves]
         try:
             taken = self.decoder.decode(n_tokens)
         finally:
