@@ -163,7 +163,7 @@ class DeviceReads:
             rows: the host rows of all full pages.
             pinned: slots of the pinned pages, by page; the page after the full ones, if there is one, is open.
             part_tokens: positions that a part should have.
-            names_pages: whether the stretches are to say which pages they hold, which the host has to wait for; else
+            names_pages: whether the stretches are to name the pages they hold, which the host has to wait for; else
                 they number them.
 
         Returns:
@@ -174,8 +174,8 @@ class DeviceReads:
         if self._known[0] != [*full.values()]:
             self._known = [*full.values()], device_index([*full.values()], self._store.pool.device)
         block, was_there = self._table.bring_in(chosen, self._known[1])
-        pages = [*chosen.tolist(), *full] if names_pages else range(len(block))
-        stretches = [Stretch(pages, block, None, part_tokens, None)]
+        names = [*chosen.tolist(), *full] if names_pages else range(len(block))
+        stretches = [Stretch(names, block, None, part_tokens, None)]
         if len(rows) in pinned:
             at = pinned[len(rows)]
             stretches.append(Stretch([len(rows)], self._store.pool[at : at + 1], None, part_tokens, 0))

@@ -44,7 +44,7 @@ from paged_attention import (
     ungroup_heads,
 )
 from paged_sequence import PagedSequence
-from pool_reads import PageReading, ReadPlan, device_index, plan_reads
+from pool_reads import PageReading, ReadPlans, Stretch, device_index
 from recorder import Recorder
 from registry import SELECTORS
 from stage_clock import StageClock, clock_for
@@ -109,7 +109,8 @@ class PagedLayer(CacheLayerMixin):
         self._looking: list[tuple[PagedSequence, Sequence[int]]] = []  # rows that have asked for all they want
         self._n_asking = 0
         self._repeat: StandingStep | None = None
-        self._plans: dict[int, ReadPlan] = {}  # by lane, of the wave attended to last
+        self._plans: ReadPlans | None = None
+        self._last_plan: list[Stretch] = []
 
     @property
     def n_tokens(self) -> int:
@@ -160,7 +161,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _forget_reads(self) -> None:
         """Let go of how pages were read last: that holds the pool."""
-        self._repeat, self._plans = None, {}
+        self._repeat, self._plans, self._last_plan = None, None, []
 
     def get_seq_length(self) -> int:
         return self.n_tokens
@@ -268,10 +269,9 @@ class PagedLayer(CacheLayerMixin):
         except BaseException:
             self.cache.torn = True  # some pages may be staged and not attended, some positions written and others not
             raise
-        if plain and query.shape[2] == 1 and self.selector is None:
-            plan = self._plans.get(0)
-            if plan is not None and not self._shares_asked_for(self.pages.sequences[0]):
-                self._repeat = StandingStep.after(self.pages, plan, scale)
+        may_repeat = plain and query.shape[2] == 1 and self.selector is None
+        if may_repeat and not self._shares_asked_for(self.pages.sequences[0]):
+            self._repeat = StandingStep.after(self.pages, self._last_plan, scale)
         return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(query.dtype)
 
     def _attend_again(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -392,9 +392,12 @@ class PagedLayer(CacheLayerMixin):
             self._spent_attending(started)
         # A span each, for between waves there is waiting; where all pages are there, reading and merging are one.
         all_there = key is None and isinstance(reading.waves, tuple)
+        names_pages = is_told or reading.heads is not None
         for wave in reading.waves:
             started = self.clock.now()
-            for pages, part in self._attend_wave(sequence, wave, grouped, rule, part_tokens):
+            page_in = {slot: page for page, slot in wave.items()} if names_pages and isinstance(wave, dict) else None
+            for names, part in self._attend_wave(sequence, wave, grouped, rule, part_tokens):
+                pages = names if page_in is None else [page_in[slot] for slot in names]
                 if reading.heads is not None:
                     unseen = ~reading.heads[device_index(pages, grouped.device)].unsqueeze(-1)
                     part = Partial(part.out, part.lse.masked_fill(unseen, float("-inf")))
@@ -428,21 +431,20 @@ class PagedLayer(CacheLayerMixin):
     def _spent_attending(self, started: Any) -> None:
         self.cache.recorder.spent(self.layer_idx, "attend", self.clock.since(started))
 
-    def _attend_wave(self, sequence, wave, grouped, rule, part_tokens) -> Iterator[tuple[list[int], Partial]]:
-        """Attend to pages that are on the device, in parts of about so many positions."""
-        pool, fill = self.pages.store.pool, sequence.n_tokens % self.paging.page_size
-        if isinstance(wave, list):
-            for stretch in wave:
-                yield from self._attend_stretch(stretch, fill, grouped, rule)
-            return
-        open_page, plan = sequence.n_pages - 1 if fill else None, self._plans.get(sequence.lane)
-        most = part_tokens // self.paging.page_size * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
-        if plan is None or not plan.serves(wave, open_page, pool, part_tokens, most):
-            plan = self._plans[sequence.lane] = plan_reads(wave, open_page, pool, part_tokens, most)
-        for stretch in plan.stretches:
-            yield from self._attend_stretch(stretch, fill, grouped, rule)
+    def _attend_wave(self, sequence, wave, grouped, rule, part_tokens) -> Iterator[tuple[Sequence[int], Partial]]:
+        """Attend to pages that are on the device, in parts of about so many positions; with the names that their
+        stretches give them. A block that was gathered goes before the next one is."""
+        fill = sequence.n_tokens % self.paging.page_size
+        stretches = wave if isinstance(wave, list) else self._planned(sequence, wave, grouped, part_tokens)
+        for stretch in stretches:
+            for names, keys, values, bias in stretch.parts(fill):
+                yield names, attend_parts(grouped, keys, values, scale=rule.scale, bias=bias, softcap=rule.softcap)
 
-    def _attend_stretch(self, stretch, fill, grouped, rule) -> Iterator[tuple[list[int], Partial]]:
-        """A block that was gathered goes before the next one is."""
-        for pages, keys, values, bias in stretch.parts(fill):
-            yield pages, attend_parts(grouped, keys, values, scale=rule.scale, bias=bias, softcap=rule.softcap)
+    def _planned(self, sequence, wave, grouped, part_tokens) -> list[Stretch]:
+        pool, size = self.pages.store.pool, self.paging.page_size
+        if self._plans is None or self._plans.pool is not pool:
+            self._plans = ReadPlans(pool)
+        open_slot = wave.get(sequence.n_pages - 1) if sequence.n_tokens % size else None
+        most = part_tokens // size * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
+        self._last_plan = self._plans.plan(wave.values(), open_slot, part_tokens, most)
+        return self._last_plan

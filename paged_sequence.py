@@ -302,13 +302,12 @@ class PagedSequence:
         look_ahead(order)
         return (wave,)
 
-    def answers_again(self, wave: dict[int, int]) -> bool:
-        """Whether the last request was answered with this wave, and asking the same again would be."""
-        standing = self._standing
-        return standing is not None and standing.wave is wave and standing.stands(self.table)
+    def standing_answer(self) -> StandingAnswer | None:
+        """The answer to the last request, if asking the same again would be answered with it."""
+        return self._standing if self._standing is not None and self._standing.stands(self.table) else None
 
     def ask_again(self, look_ahead: LooksAhead) -> None:
-        """Make the last request once more, where `answers_again` says that its answer is known."""
+        """Make the last request once more, where there is a `standing_answer`."""
         self.recorder.asked(self.layer_idx, self.lane, self._standing.wanted, self.table.resident)
         self._answer_again(self._standing, look_ahead)
 

@@ -10,14 +10,16 @@ Pages that do not lie next to each other are gathered into a block, unless there
 each is cheaper. The open page is attended to as far as it is written: where the kernel can leave the rest of it out, it
 may lie anywhere in its stretch, and else it ends it.
 
-A wave that comes again, as in exact attention where all pages fit, is planned once.
+Which page lies in which slot makes no difference to a plan. So slots that are read together again, as under exact
+attention, are planned once, also where pages come and go between.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +31,10 @@ from paged_attention import NEGATIVE_INFINITY, takes_bias
 # model, where nothing is in the processor's caches), and 10 us at 2 TB/s on a GPU (an estimate).
 CALL_BYTES = {"cpu": 2**20, "cuda": 2**24}
 MOST_GATHERED_BYTES = 2**26  # at a time; it comes on top of the budget for the moment
+MOST_PLANS = 32  # kept; where pages are selected, hardly any is wanted again
+
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # each [parts, K, S, D]
 
 
 @dataclass(frozen=True)
@@ -36,14 +42,14 @@ class Stretch:
     """Pages that are read together.
 
     Attributes:
-        pages: page ids in the order in which they lie; of pages that only the device knows, numbers from 0 on.
+        names: what the pages are called, in the order in which they lie: by their slots in a plan, else by page ids.
         pool: [n, P, 2, K, D], the pages in the pool; or the whole pool, to gather them from.
         gathered: places in the pool of the pages to gather; None if they are read where they lie.
         part_tokens: positions that a part should have.
-        open_at: the place of the open page among `pages`; None if it is not there.
+        open_at: the place of the open page among them; None if it is not there.
     """
 
-    pages: Sequence[int]
+    names: Sequence[int]
     pool: torch.Tensor
     gathered: torch.Tensor | None
     part_tokens: int
@@ -52,41 +58,51 @@ class Stretch:
     @property
     def ends_open(self) -> bool:
         """Whether the last page is the open one."""
-        return self.open_at == len(self.pages) - 1
+        return self.open_at == len(self.names) - 1
 
     def parts(self, fill: int) -> Iterator[tuple[Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """What to attend to, call by call: pages, keys and values [parts, K, S, D], and their bias, if any.
+        """What to attend to, call by call: names of pages, keys and values [parts, K, S, D], and their bias, if any.
 
         Args:
             fill: positions of the open page that are written.
         """
-        block = self.pool if self.gathered is None else self.pool.index_select(0, self.gathered)
-        can_mask = takes_bias(block.device)
-        if self.open_at is None or (can_mask and not (self.ends_open and self.gathered is None)):
-            parts, bias = self._cut(block), None
+        pool, size = self.pool, self.pool.shape[1]
+        if self.open_at is None or (takes_bias(pool.device) and not (self.ends_open and self.gathered is None)):
+            keys, values = self._in_place if self.gathered is None else self._cut(pool.index_select(0, self.gathered))
+            bias = None
             if self.open_at is not None:
-                begin, end = (self.open_at * block.shape[1] + places for places in (fill, block.shape[1]))
-                bias = _bias(*parts.shape[:2], begin, end, block.dtype, block.device)
-            yield self.pages, *keys_values(parts), bias
+                begin, end = self.open_at * size + fill, (self.open_at + 1) * size
+                bias = _bias(keys.shape[0], keys.shape[2], begin, end, keys.dtype, keys.device)
+            yield self.names, keys, values, bias
             return
-        whole, rest = self.whole_and_rest(block)
-        n_whole = len(self.pages) - rest.shape[1] // block.shape[1]
+        whole, (keys, values) = (
+            self.to_its_end if self.gathered is None else self._cut_open(pool.index_select(0, self.gathered))
+        )
+        n_whole = len(self.names) - keys.shape[2] // size
         if whole is not None:
-            yield self.pages[:n_whole], *keys_values(whole), None
-        yield self.pages[n_whole:], *keys_values(rest[:, : rest.shape[1] - block.shape[1] + fill]), None
+            yield self.names[:n_whole], *whole, None
+        written = keys.shape[2] - size + fill
+        yield self.names[n_whole:], keys[:, :, :written], values[:, :, :written], None
 
-    def whole_and_rest(self, block: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The parts before the open page, which is the last, [parts, S, 2, K, D], and that page, [1, P, 2, K, D]. One
-        longer part is not worth a call of its own: then None, and all positions, [1, S, 2, K, D]."""
+    @cached_property
+    def _in_place(self) -> KeysValues:
+        return self._cut(self.pool)
+
+    @cached_property
+    def to_its_end(self) -> tuple[KeysValues | None, KeysValues]:
+        """Of a stretch in place that ends with the open page: the parts before that page; and that page to its end. One
+        longer part is not worth a call of its own: then None, and all positions."""
+        return self._cut_open(self.pool)
+
+    def _cut_open(self, block: torch.Tensor) -> tuple[KeysValues | None, KeysValues]:
         before, page = block[:-1], block[-1:]
         n_parts = self._n_parts(len(before), block.shape[1])
         if n_parts == 0 or (n_parts == 1 and self.part_tokens > block.shape[1]):
-            return None, block.flatten(0, 1).unsqueeze(0)
-        return self._cut(before), page
+            return None, _keys_values(block.flatten(0, 1).unsqueeze(0))
+        return self._cut(before), _keys_values(page)
 
-    def _cut(self, block: torch.Tensor) -> torch.Tensor:
-        """[n, P, 2, K, D] -> [parts, S, 2, K, D]"""
-        return block.view(self._n_parts(*block.shape[:2]), -1, *block.shape[2:])
+    def _cut(self, block: torch.Tensor) -> KeysValues:
+        return _keys_values(block.view(self._n_parts(*block.shape[:2]), -1, *block.shape[2:]))
 
     def _n_parts(self, n_pages: int, size: int) -> int:
         return n_equal_parts(n_pages, size, self.part_tokens) if n_pages else 0
@@ -129,88 +145,73 @@ def device_index(places: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(places, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
 
 
-def keys_values(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys_values(parts: torch.Tensor) -> KeysValues:
     """[parts, S, 2, K, D] -> keys and values, each [parts, K, S, D]."""
     return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-@dataclass(frozen=True)
-class ReadPlan:
-    """How one wave is read, and what that depends on."""
+class ReadPlans:
+    """How the pages of a pool are read, with the plans that may be wanted again.
 
-    wave: dict[int, int]
-    open_page: int | None
-    pool: torch.Tensor
-    sizes: tuple[int, int]
-    stretches: list[Stretch]
+    Args:
+        pool: [n_slots, P, 2, K, D].
+    """
 
-    def serves(
-        self, wave: dict[int, int], open_page: int | None, pool: torch.Tensor, part_tokens: int, most_pages: int
-    ) -> bool:
-        """Whether this is the plan for a wave; the very same one, as that costs nothing to compare."""
-        return (
-            self.wave is wave
-            and self.pool is pool
-            and self.open_page == open_page
-            and self.sizes == (part_tokens, most_pages)
-        )
+    def __init__(self, pool: torch.Tensor):
+        self.pool = pool
+        self._plans: dict[tuple[tuple[int, ...], int | None, int, int], list[Stretch]] = {}
+
+    def plan(self, slots: Iterable[int], open_slot: int | None, part_tokens: int, most_pages: int) -> list[Stretch]:
+        """Plan to read some slots.
+
+        Args:
+            slots: each once.
+            open_slot: the slot of the page that is still filling, whether among them or not; None if there is none.
+            part_tokens: positions that a part should have, at least P.
+            most_pages: that may be read together, at least 1.
+        """
+        wanted = tuple(sorted(slots)), open_slot, part_tokens, most_pages
+        plan = self._plans.get(wanted)
+        if plan is None:
+            if len(self._plans) == MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans[wanted] = plan_reads(self.pool, *wanted)
+        return plan
 
 
 def plan_reads(
-    wave: dict[int, int],
-    open_page: int | None,
-    pool: torch.Tensor,
-    part_tokens: int,
-    most_pages: int,
-) -> ReadPlan:
-    """Plan a wave.
-
-    Args:
-        wave: `{page: slot}`.
-        open_page: the page that is still filling, whether in the wave or not; None if there is none.
-        pool: [n_slots, P, 2, K, D].
-        part_tokens: positions that a part should have, at least P.
-        most_pages: that may be read together, at least 1.
-    """
-    slots = set(wave.values())
-    n_runs = len(slots.difference([slot - 1 for slot in slots]))
-    if (n_runs - 1) * CALL_BYTES.get(pool.device.type, 0) > len(slots) * pool[0].nbytes:
-        stretches = _gathered(wave, open_page, pool, part_tokens, most_pages)
-    else:
-        ends_run = None if takes_bias(pool.device) else open_page
-        stretches = []
-        for run in _runs(sorted((slot, page) for page, slot in wave.items()), ends_run, most_pages):
-            first, pages = run[0][0], [page for _, page in run]
-            stretch = pool[first : first + len(run)]
-            stretches.append(Stretch(pages, stretch, None, part_tokens, _place(open_page, pages)))
-    return ReadPlan(wave, open_page, pool, (part_tokens, most_pages), stretches)
+    pool: torch.Tensor, slots: Sequence[int], open_slot: int | None, part_tokens: int, most_pages: int
+) -> list[Stretch]:
+    """As `ReadPlans.plan`, anew; slots ascending."""
+    runs = _runs(slots, None if takes_bias(pool.device) else open_slot, most_pages)
+    n_gaps = sum(right - left > 1 for left, right in itertools.pairwise(slots))
+    if n_gaps * CALL_BYTES.get(pool.device.type, 0) > len(slots) * pool[0].nbytes:
+        return _gathered(slots, open_slot, pool, part_tokens, most_pages)
+    return [Stretch(run, pool[run[0] : run[-1] + 1], None, part_tokens, _place(open_slot, run)) for run in runs]
 
 
-def _gathered(wave, open_page, pool, part_tokens, most_pages) -> list[Stretch]:
-    """The pages in whatever order, the open one last."""
-    pages = [page for page in wave if page != open_page]
-    if open_page in wave:
-        pages.append(open_page)
+def _gathered(slots, open_slot, pool, part_tokens, most_pages) -> list[Stretch]:
+    """The open page comes last."""
+    slots = sorted(slots, key=lambda slot: (slot == open_slot, slot))
     at_once = max(1, min(most_pages, MOST_GATHERED_BYTES // pool[0].nbytes))
     stretches = []
-    for start in range(0, len(pages), at_once):
-        some = pages[start : start + at_once]
-        index = device_index([wave[page] for page in some], pool.device)
-        stretches.append(Stretch(some, pool, index, part_tokens, _place(open_page, some)))
+    for start in range(0, len(slots), at_once):
+        some = slots[start : start + at_once]
+        stretches.append(Stretch(some, pool, device_index(some, pool.device), part_tokens, _place(open_slot, some)))
     return stretches
 
 
-def _place(open_page: int | None, pages: list[int]) -> int | None:
-    return pages.index(open_page) if open_page in pages else None
+def _place(open_slot: int | None, slots: list[int]) -> int | None:
+    return slots.index(open_slot) if open_slot in slots else None
 
 
-def _runs(placed: Sequence[tuple[int, int]], ends_run: int | None, most_pages: int) -> list[list[tuple[int, int]]]:
-    """`(slot, page)` by the stretches in which they lie; page `ends_run` ends one."""
-    runs: list[list[tuple[int, int]]] = []
-    for slot, page in placed:
+def _runs(slots: Sequence[int], ends_run: int | None, most_pages: int) -> list[list[int]]:
+    """Slots by the stretches in which they lie; slot `ends_run` ends one."""
+    runs: list[list[int]] = []
+    for slot in slots:
         last = runs[-1] if runs else None
-        if last and slot == last[-1][0] + 1 and last[-1][1] != ends_run and len(last) < most_pages:
-            last.append((slot, page))
+        if last and slot == last[-1] + 1 and last[-1] != ends_run and len(last) < most_pages:
+            last.append(slot)
         else:
-            runs.append([(slot, page)])
+            runs.append([slot])
     return runs

@@ -23,28 +23,26 @@ from paged_attention import (
     side_by_side,
     ungroup_heads,
 )
-from pool_reads import ReadPlan, keys_values
+from pool_reads import Stretch
 
 
 class StandingStep:
     """What the next decode step of a layer may repeat.
 
     Args:
-        pages: of the layer; with one sequence, whose last request was answered by `plan.wave`.
-        plan: of that wave: one stretch, in place, that ends with the open page.
+        pages: of the layer; with one sequence, whose last request has an answer that stands.
+        stretch: all its pages, in place, the open one last.
         scale: factor on the scores.
     """
 
-    def __init__(self, pages: LayerPages, plan: ReadPlan, scale: float):
-        (stretch,) = plan.stretches
-        self._pages, self._sequence, self._scale, self._wave = pages, pages.sequences[0], scale, plan.wave
-        self._pool = plan.pool
+    def __init__(self, pages: LayerPages, stretch: Stretch, scale: float):
+        self._pages, self._sequence, self._scale = pages, pages.sequences[0], scale
+        self._answer = self._sequence.standing_answer()
+        self._pool = pages.store.pool
         self._n_tokens = self._sequence.n_tokens
-        whole, rest = stretch.whole_and_rest(stretch.pool)
-        self._whole = None if whole is None else keys_values(whole)
-        self._rest = keys_values(rest)  # to its end, of which a step takes what is written
+        self._whole, self._rest = stretch.to_its_end
         size = pages.paging.page_size
-        self._n_before = rest.shape[1] - size  # positions of the rest before the open page
+        self._n_before = self._rest[0].shape[2] - size  # positions of the rest before the open page
         self._first = self._n_tokens - self._n_tokens % size  # of the open page
         self._last = self._first + size - 1  # which fills it
         self._open_page = stretch.pool[-1]  # [P, 2, K, D]
@@ -52,13 +50,12 @@ class StandingStep:
         self._key_shape = 1, n_kv_heads, 1, head_dim
 
     @classmethod
-    def after(cls, pages: LayerPages, plan: ReadPlan, scale: float) -> StandingStep | None:
+    def after(cls, pages: LayerPages, plan: list[Stretch], scale: float) -> StandingStep | None:
         """What the step after the one that read by `plan` may repeat; None if it has to be asked for anew."""
-        one_stretch = len(plan.stretches) == 1 and plan.stretches[0].gathered is None and plan.stretches[0].ends_open
-        sequence = pages.sequences[0]
-        if not one_stretch or pages.batch_size > 1 or not sequence.answers_again(plan.wave):
+        one_stretch = len(plan) == 1 and plan[0].gathered is None and plan[0].ends_open
+        if not one_stretch or pages.batch_size > 1 or pages.sequences[0].standing_answer() is None:
             return None
-        return cls(pages, plan, scale)
+        return cls(pages, plan[0], scale)
 
     def serves(
         self, pages: LayerPages | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -67,7 +64,7 @@ class StandingStep:
         return (
             pages is self._pages
             and self._sequence.n_tokens == self._n_tokens < self._last
-            and self._sequence.answers_again(self._wave)
+            and self._sequence.standing_answer() is self._answer
             and pages.sequences[0] is self._sequence
             and pages.store.pool is self._pool
             and query.shape[2] == 1

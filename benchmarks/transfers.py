@@ -10,7 +10,8 @@ Under exact attention every step needs every page, so what does not fit has to m
 
 The larger of the two is the floor. On a CPU there is a third, as host and device are the same memory and the same
 cores: a copy takes bandwidth from computing and a core with it, which no bus does. That is measured as well, as steps
-with all pages resident while a worker copies as many bytes, other ones for each layer, that nobody waits for. For each link the contestants are
+with all pages resident while a worker copies as many bytes, other ones for each layer, that nobody waits for. For each
+link the contestants are
 
     reactive       a layer's missing pages are fetched when it asks
     predictive     the next layer's missing pages are copied while this one computes

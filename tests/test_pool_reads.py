@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import pool_reads
 from paged_attention import attend_parts, merged_output, plain_attention_with_lse, side_by_side
-from pool_reads import n_equal_parts, plan_reads
+from pool_reads import ReadPlans, n_equal_parts, plan_reads
 
 K, D = 2, 8
 
@@ -28,7 +28,7 @@ def waves(draw):
 
 
 def plan(wave, open_page, pool, per_part, most=10**6):
-    return plan_reads(wave, open_page, pool, per_part * pool.shape[1], most)
+    return plan_reads(pool, sorted(wave.values()), wave.get(open_page), per_part * pool.shape[1], most)
 
 
 @settings(max_examples=300, deadline=None)
@@ -41,9 +41,10 @@ def test_every_written_position_is_read_once_and_is_that_of_its_page(case, per_p
         made = plan(wave, open_page, pool, per_part, most)
     finally:
         pool_reads.CALL_BYTES = before
-    read = {}
-    for stretch in made.stretches:
-        for pages, keys, values, bias in stretch.parts(fill):
+    read, page_in = {}, {slot: page for page, slot in wave.items()}
+    for stretch in made:
+        for slots, keys, values, bias in stretch.parts(fill):
+            pages = [page_in[slot] for slot in slots]
             assert len(pages) <= most
             assert per_part > 1 or keys.shape[0] == len(pages)
             keys, values = keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)  # [positions, K, D]
@@ -74,7 +75,7 @@ def test_the_merged_parts_are_attention_over_all_of_it(case, per_part, seed):
     query = torch.randn(1, K, 3, D, generator=generator)
     parts = [
         attend_parts(query, keys, values, scale=0.5, bias=bias)
-        for stretch in plan(wave, open_page, pool, per_part).stretches
+        for stretch in plan(wave, open_page, pool, per_part)
         for _, keys, values, bias in stretch.parts(fill)
     ]
     together = torch.cat([pool[slot, : fill if page == open_page else size] for page, slot in wave.items()])
@@ -85,36 +86,47 @@ def test_the_merged_parts_are_attention_over_all_of_it(case, per_part, seed):
 
 def test_pages_next_to_each_other_are_read_where_they_lie():
     pool = torch.zeros(8, 4, 2, K, D)
-    (stretch,) = plan({3: 2, 4: 3, 5: 4}, 5, pool, 1).stretches
+    (stretch,) = plan({3: 2, 4: 3, 5: 4}, 5, pool, 1)
     assert stretch.gathered is None and stretch.pool.data_ptr() == pool[2].data_ptr() and stretch.ends_open
 
 
 def test_scattered_pages_are_gathered_and_the_open_one_comes_last():
     pool = torch.zeros(64, 4, 2, K, D)
-    (stretch,) = plan({page: 2 * page for page in range(20)}, 7, pool, 1).stretches
-    assert stretch.gathered is not None and stretch.pages[-1] == 7
+    (stretch,) = plan({page: 2 * page for page in range(20)}, 7, pool, 1)
+    assert stretch.gathered is not None and stretch.names[-1] == 14
 
 
 def test_few_long_stretches_are_not_gathered():
     pool = torch.zeros(9, 256, 2, K, 64)
-    stretches = plan({page: page + (page > 3) for page in range(8)}, None, pool, 1).stretches
-    assert [stretch.pages for stretch in stretches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    stretches = plan({page: page + (page > 3) for page in range(8)}, None, pool, 1)
+    assert [stretch.names for stretch in stretches] == [[0, 1, 2, 3], [5, 6, 7, 8]]
     assert all(stretch.gathered is None for stretch in stretches)
 
 
 def test_what_is_gathered_at_a_time_is_bounded(monkeypatch):
     pool = torch.zeros(64, 4, 2, K, D)
     monkeypatch.setattr(pool_reads, "MOST_GATHERED_BYTES", 5 * pool[0].nbytes)
-    stretches = plan({page: 2 * page for page in range(20)}, None, pool, 1).stretches
-    assert [len(stretch.pages) for stretch in stretches] == [5, 5, 5, 5]
+    stretches = plan({page: 2 * page for page in range(20)}, None, pool, 1)
+    assert [len(stretch.names) for stretch in stretches] == [5, 5, 5, 5]
 
 
 def test_on_a_cpu_the_open_page_does_not_end_a_stretch():
     pool = torch.zeros(8, 4, 2, K, D)
-    (stretch,) = plan({0: 1, 1: 2, 2: 3, 3: 4}, 1, pool, 2).stretches
-    ((pages, keys, _, bias),) = stretch.parts(fill=3)
-    assert stretch.gathered is None and pages == [0, 1, 2, 3] and keys.shape == (2, K, 8, D)
+    (stretch,) = plan({0: 1, 1: 2, 2: 3, 3: 4}, 1, pool, 2)
+    ((slots, keys, _, bias),) = stretch.parts(fill=3)
+    assert stretch.gathered is None and slots == [1, 2, 3, 4] and keys.shape == (2, K, 8, D)
     assert (bias.flatten() != 0).nonzero().flatten().tolist() == [7]  # of page 1, in slot 2, its last position
+
+
+def test_slots_are_planned_once_whichever_pages_lie_there_and_plans_are_not_kept_for_ever():
+    plans = ReadPlans(torch.zeros(64, 4, 2, K, D))
+    first = plans.plan([3, 1, 2], 3, 4, 10)
+    assert plans.plan([2, 3, 1], 3, 4, 10) is first
+    for other in ([1, 2, 3], 2, 4, 10), ([1, 2, 3], 3, 8, 10), ([1, 2, 3], 3, 4, 2), ([1, 2], 3, 4, 10):
+        assert plans.plan(*other) is not first
+    for slot in range(pool_reads.MOST_PLANS):
+        plans.plan([slot], None, 4, 10)
+    assert plans.plan([1, 2, 3], 3, 4, 10) is not first
 
 
 @given(st.integers(1, 500), st.integers(1, 300), st.integers(1, 4000))
