@@ -206,29 +206,33 @@ class PagedSequence:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def absent(self, page: int) -> bool:
-        """Whether a page would have to be copied: it is full, and neither on the device nor on its way."""
-        return 0 <= page < self.n_sealed and self.table.slot(page) is None
+    def absent(self, pages: Iterable[int]) -> set[int]:
+        """Those of the pages that would have to be copied: full, and neither on the device nor on their way."""
+        resident, staged, n_sealed = self.table.resident, self.table.staged, self.n_sealed
+        return {page for page in pages if page not in resident and page not in staged and 0 <= page < n_sealed}
 
     def prefetch(
-        self, pages: Sequence[int], ranking: Sequence[int], kept: Collection[int] = (), may_evict: bool = False
+        self, pages: Sequence[int], ranking: Iterable[int], kept: Collection[int] = (), may_evict: bool = False
     ) -> None:
         """Start copying pages ahead of need, as far as there are slots for them: free ones, those of pages that were
         copied ahead and are guessed less or not at all, and if `may_evict` those of resident pages not guessed.
 
         Args:
             pages: absent page ids, most wanted first.
-            ranking: all pages that are guessed, most wanted first.
+            ranking: all pages that are guessed, most wanted first, those to be copied among them.
             kept: pages that are about to be attended, and so given up for none.
         """
-        rank = {page: place for place, page in enumerate(ranking)}
-        kept = {*kept, *self.pinned_pages()}
+        rank: dict[int, int] = {}
         chosen: list[int] = []
         slots: list[int] = []
         for page in pages:
-            has_slot = self.table.free_slots or self._give_up_less_wanted(page, rank, kept)
-            if not (has_slot or (may_evict and self._evict_for_prefetch(kept.union(rank)))):
-                break
+            if not self.table.free_slots:
+                if not rank:
+                    rank = {page: place for place, page in enumerate(dict.fromkeys(ranking))}
+                    kept = {*kept, *self.pinned_pages()}
+                gave_up = self._give_up_less_wanted(page, rank, kept)
+                if not gave_up and not (may_evict and self._evict_for_prefetch(kept.union(rank))):
+                    break
             slots.append(self.table.stage(page, ())[0])
             chosen.append(page)
         if chosen:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from cache_settings import PrefetchSpec, prefetch_conflicts
 from component_cli import demonstrate
@@ -133,19 +133,20 @@ class PrefetchingKVCache(PagedKVCache):
             return
         predictor = self._predictor(sequence)
         foreseen = self._foreseen(layer, later, sequence.lane) if steps == 0 else None
-        with self._naming_the_predictor():
+        try:
             predictor.want(layer.layer_idx, self._step, wanted)
             if foreseen is not None:
                 predictor.hint(later.layer_idx, self._step, *foreseen)
             guesses = _checked(predictor.predict(later.layer_idx, self._step + steps))
+        except Exception as error:
+            self._blame_predictor(error)
         pages = self._plan_copies(later, sequence.lane, self._step + steps, guesses)
         self._spent_predicting(layer, started)
         if pages:
             theirs = later.pages.sequences[sequence.lane]
             # The later layer may be this one, in a later step: then its pages are still to be attended.
             attended_now = wanted if theirs is sequence else ()
-            ranking = list(dict.fromkeys(page for page, _ in guesses))
-            theirs.prefetch(pages, ranking, attended_now, self.prefetching.prefetch_evicts)
+            theirs.prefetch(pages, (page for page, _ in guesses), attended_now, self.prefetching.prefetch_evicts)
 
     def _plan_copies(self, later: PagedLayer, lane: int, step: int, guesses: Guesses) -> list[int]:
         """The pages to copy ahead for a later layer in a step: of its best guesses, to which `guesses` is cut down,
@@ -154,9 +155,10 @@ class PrefetchingKVCache(PagedKVCache):
         if self.prefetching.overfetch is not None:
             asked_before = self._n_asked.get((later.layer_idx, lane), self.paging.n_attended(theirs.n_pages))
             del guesses[math.ceil(min(self.prefetching.overfetch * asked_before, len(guesses))) :]
+        are_absent = theirs.absent(page for page, _ in guesses)
         absent: dict[int, float] = {}
         for page, confidence in guesses:
-            if theirs.absent(page):
+            if page in are_absent:
                 absent.setdefault(page, confidence)
         limit = self.prefetching.prefetch_k
         chosen = self.threshold.worth_copying((later.layer_idx, lane, step), list(absent.items()), limit)
@@ -187,23 +189,21 @@ class PrefetchingKVCache(PagedKVCache):
         predictor = self._predictor(sequence)
         if getattr(predictor, "needs_mass", True):
             started = time.perf_counter()
-            with self._naming_the_predictor():
+            try:
                 predictor.observe(layer.layer_idx, self._step, attention.pages, attention.mass)
+            except Exception as error:
+                self._blame_predictor(error)
             self._spent_predicting(layer, started)
 
     def _spent_predicting(self, layer: PagedLayer, started: float) -> None:
         self.recorder.spent(layer.layer_idx, "predict", 1000.0 * (time.perf_counter() - started))
 
-    @contextmanager
-    def _naming_the_predictor(self) -> Iterator[None]:
+    def _blame_predictor(self, error: Exception) -> NoReturn:
         """An error of a predictor says whose it is."""
-        try:
-            yield
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            name = name_of(self.prefetching.predictor)
-            raise RuntimeError(f"predictor {name!r} failed: {type(error).__name__}: {error}") from error
+        if is_out_of_memory(error):
+            raise error
+        name = name_of(self.prefetching.predictor)
+        raise RuntimeError(f"predictor {name!r} failed: {type(error).__name__}: {error}") from error
 
     def rows_selected(self, rows: Sequence[int]) -> None:
         """Let each row's predictor follow it."""

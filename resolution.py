@@ -73,7 +73,7 @@ class Resolution:
         self.look_ahead, self.always_pinned, self.skips = look_ahead, pinned, skips
         self.pinned = pinned.union(wanted)
         self.request = set(self.pinned) if request is None else request
-        self.ready: list[int] = []
+        self.ready: dict[int, int] = {}  # slots, by page
         self.missing: deque[int] = deque()
         # Copies with their pages; and how many of these were on their way already, how many of them prefetched, and who
         # is told if they are hits.
@@ -83,11 +83,12 @@ class Resolution:
 
     def __iter__(self) -> Iterator[dict[int, int]]:
         if self.ready:
-            yield self._slots(self.ready)
+            yield self.ready
             self._release(self.ready)
         while self.under_way:
             pages = self._next_arrivals()
-            yield self._slots(pages)
+            staged = self.table.staged
+            yield {page: staged[page] for page in pages}
             self._release(pages)
         if self.missing:
             raise RuntimeError(f"layer {self.sequence.layer_idx}: no slot was to be had for pages {[*self.missing]}")
@@ -97,17 +98,25 @@ class Resolution:
         for: on CUDA only the device knows whether it had to wait."""
         on_their_way: dict[int, tuple[Ticket, list[int]]] = {}
         n_on_their_way = on_time = 0
-        resident, staged, found = self.table.resident, self.table.staged, []
+        resident, staged, arriving, found = self.table.resident, self.table.staged, self.sequence.arriving, []
+        last, is_done = None, False  # pages come by the transfer
         for page in self.wanted:
-            if page in resident:
+            slot = resident.get(page)
+            if slot is not None:
                 found.append(page)
-                self.ready.append(page)
-            elif page not in staged:
+                self.ready[page] = slot
+                continue
+            slot = staged.get(page)
+            if slot is None:
                 self.missing.append(page)
-            elif (ticket := self.sequence.arriving[page]).done():
+                continue
+            ticket = arriving[page]
+            if ticket is not last:
+                last, is_done = ticket, ticket.done()
+            if is_done:
                 ticket.wait()  # takes no time, but raises if the copy failed
-                self.sequence.arriving.pop(page)
-                self.ready.append(page)
+                del arriving[page]
+                self.ready[page] = slot
                 on_time += self.sequence.taken_up(page)
             else:
                 n_on_their_way += 1
@@ -171,7 +180,7 @@ class Resolution:
             pages += arrived
         return pages
 
-    def _release(self, pages: Sequence[int]) -> None:
+    def _release(self, pages: Collection[int]) -> None:
         """These pages have been attended: those that were staged become resident, and room is made for the next."""
         self.pinned.difference_update(pages)
         self.pinned.update(self.always_pinned)
@@ -184,12 +193,6 @@ class Resolution:
             self.sequence.count(evictions=evictions)
         if self.missing:
             self._fetch_missing()
-
-    def _slots(self, pages: Sequence[int]) -> dict[int, int]:
-        resident, staged = self.table.resident, self.table.staged
-        if not staged:
-            return {page: resident[page] for page in pages}
-        return {page: resident[page] if page in resident else staged[page] for page in pages}
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class PagesAgainstTensors(RuleBasedStateMachine):
     def prefetch(self, data):
         for sequence in self.pages.sequences:
             guessed = data.draw(st.lists(st.integers(-1, 12), max_size=4, unique=True))
-            absent = [page for page in guessed if sequence.absent(page)]
+            absent = [page for page in guessed if page in sequence.absent(guessed)]
             sequence.prefetch(absent, guessed, may_evict=data.draw(st.booleans()))
 
     @precondition(lambda self: self.mask.shape[1])

@@ -452,7 +452,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         """What a scheduler does: ask for copies of absent pages, some of those guessed, best first."""
         sequence, table = self.pages.sequence, self.pages.table
         ranking, may_evict = data.draw(st.permutations(sorted(self.some_pages(data)))), data.draw(st.booleans())
-        absent = [page for page in ranking if sequence.absent(page)][: data.draw(st.integers(0, 4))]
+        absent = [page for page in ranking if page in sequence.absent(ranking)][: data.draw(st.integers(0, 4))]
         resident, staged = set(table.resident), dict(sequence.arriving)
         not_to_go = set(kept) | sequence.pinned_pages()
         spare = {
