@@ -141,9 +141,9 @@ class HostPages:
         """The pages [length, P, 2, K, D] of neighbours within a segment, in place; all of them must be taken."""
         for one in range(row, row + length):
             self._require_taken(one)
-        if not self.same_segment(row, row + length - 1):
-            raise ValueError(f"host rows {row} to {row + length - 1} do not lie in one segment")
         segment = self._segment(row)
+        if row + length > self._segment_ends[segment]:
+            raise ValueError(f"host rows {row} to {row + length - 1} do not lie in one segment")
         place = row - (self._segment_ends[segment - 1] if segment else 0)
         return self._segments[segment][place : place + length]
 

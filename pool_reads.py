@@ -82,7 +82,7 @@ class Stretch:
         if whole is not None:
             yield self.names[:n_whole], *whole, None
         written = keys.shape[2] - size + fill
-        yield self.names[n_whole:], keys.narrow(2, 0, written), values.narrow(2, 0, written), None
+        yield self.names[n_whole:], keys[:, :, :written], values[:, :, :written], None
 
     @cached_property
     def _in_place(self) -> KeysValues:

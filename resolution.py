@@ -113,8 +113,9 @@ class Resolution:
             ticket = arriving[page]
             if ticket is not last:
                 last, is_done = ticket, ticket.done()
+                if is_done:
+                    ticket.wait()  # takes no time, but raises if the copy failed
             if is_done:
-                ticket.wait()  # takes no time, but raises if the copy failed
                 del arriving[page]
                 self.ready[page] = slot
                 on_time += self.sequence.taken_up(page)
