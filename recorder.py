@@ -262,16 +262,17 @@ class Recorder:
             self._add(*self._noted.popleft())
 
     def _add(self, step: StepRecord, layer: int, counts: Counts) -> None:
-        records = (step,)
-        if step.phase == "decode":
-            of_layer = self.by_layer.get(layer)
-            if of_layer is None:
-                of_layer = self.by_layer[layer] = StepRecord(step=-1, phase="decode")
-            records = step, of_layer
-        for record in records:
-            held = record.__dict__  # twice as fast as setattr
+        of_step = step.__dict__  # twice as fast as setattr
+        if step.phase != "decode":
             for name, amount in counts.items():
-                held[name] += amount
+                of_step[name] += amount
+            return
+        if layer not in self.by_layer:
+            self.by_layer[layer] = StepRecord(step=-1, phase="decode")
+        of_layer = self.by_layer[layer].__dict__
+        for name, amount in counts.items():
+            of_step[name] += amount
+            of_layer[name] += amount
 
 
 def _no_step() -> NoReturn:
