@@ -140,6 +140,7 @@ class DeviceReads:
         self._host_table, self._store = table, store
         self._lent = table.lend(table.max_resident - len(pinned), pinned)
         self._table = DevicePageTable(store, self._lent, rows)
+        self._n_free = sum(page is None for page in self._lent.values())
         self._known: tuple[list[int], torch.Tensor] = [], device_index([], store.pool.device)
 
     @property
@@ -180,6 +181,11 @@ class DeviceReads:
             at = pinned[len(rows)]
             stretches.append(Stretch([len(rows)], self._store.pool[at : at + 1], None, part_tokens, 0))
         return stretches, was_there
+
+    def evicted_for(self, n_missed: int) -> int:
+        """How many pages went for those that a request missed. To be asked once for each request, in their order."""
+        n_into_free, self._n_free = min(n_missed, self._n_free), max(0, self._n_free - n_missed)
+        return n_missed - n_into_free
 
     def end(self) -> None:
         """Give the slots back; the pages in them are on the host."""

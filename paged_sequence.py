@@ -354,12 +354,12 @@ class PagedSequence:
         stretches, was_there = self._on_device.read(
             chosen, self.host_rows, n_choosable, slots, part_tokens, names_pages
         )
-        counts = partial(self._brought_in, chosen, was_there, ranked, pinned)
+        counts = partial(self._brought_in, self._on_device, chosen, was_there, ranked, pinned)
         self.recorder.count_later(self.layer_idx, counts, len(chosen))
         return stretches
 
     def _brought_in(
-        self, chosen: torch.Tensor, was_there: torch.Tensor, ranked: torch.Tensor, pinned: set[int]
+        self, by: DeviceReads, chosen: torch.Tensor, was_there: torch.Tensor, ranked: torch.Tensor, pinned: set[int]
     ) -> dict[str, int]:
         """The counts of a request, once the device has served it."""
         if not ranked:
@@ -368,7 +368,8 @@ class PagedSequence:
         hits = [*pinned, *(page for page, there in zip(pages, was_there.tolist(), strict=True) if there)]
         n_missed = len(pinned) + len(pages) - len(hits)
         counts = self.yardstick.answer([*sorted(pinned), *pages], pinned, hits)
-        return counts | {"hits": len(hits), "misses": n_missed, "h2d_pages": n_missed}
+        evictions = by.evicted_for(n_missed)
+        return counts | {"hits": len(hits), "misses": n_missed, "h2d_pages": n_missed, "evictions": evictions}
 
     def _end_lease(self) -> None:
         """The host's table serves all pages again."""

@@ -114,6 +114,17 @@ def test_tokens_are_those_of_the_hosts_table(placed, length, sinks_and_recent):
     assert decode["hits"] + decode["misses"] == decode["accesses"] and decode["h2d_pages"] == decode["misses"]
 
 
+def test_a_page_missed_costs_another_its_slot_once_none_is_free(llama):
+    def decode(n_pages):
+        how = {"page_table": "device", "max_gpu_pages": n_pages, "attention_pages": 6}
+        return tokens_with(llama, make_prompt(200), 40, **how)[1].recorder.snapshot("decode")
+
+    opened = 2 * 5  # in each layer, and a page leaves the host's table for each
+    full, roomy = decode(8), decode(60)
+    assert full["misses"] > 100 and full["evictions"] == full["misses"] + opened
+    assert roomy["misses"] > 0 and roomy["evictions"] <= opened
+
+
 def test_rows_of_a_batch_have_tables_of_their_own(placed):
     prompt = make_prompt(120, batch=3)
     assert torch.equal(tokens_with(placed, prompt, page_table="device")[0], tokens_with(placed, prompt)[0])
