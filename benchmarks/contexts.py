@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from contest import milliseconds
 from kv_paging import PagedKVCache
+from metrics import Timing
 from models import LoadedModel
 from predictive_prefetch import PrefetchingKVCache
 from workloads import prompt_tokens
@@ -109,6 +110,14 @@ class Decoder:
         for token in ids:
             logits = self.model.model(token, past_key_values=self.cache, logits_to_keep=1).logits
             self.chosen.append(logits[0, -1].argmax())
+
+    def paging(self) -> dict[str, Any]:
+        """What its paged cache did in all decode steps, once the device is done with them: `Recorder.snapshot`, with
+        `transfer_ms`, the time its link was busy, and `hidden_transfer_share`, the share of that not waited for."""
+        steps = Timing(self.position, 1, None, None, [], "host")
+        figures = self.cache.figures(steps)["cache"]
+        link = {name: figures[name] for name in ("transfer_ms", "hidden_transfer_share")}
+        return self.cache.recorder.snapshot("decode") | link
 
     def agreement(self) -> tuple[int, int]:
         """How many of its choices are those of transformers' own cache, and of how many."""

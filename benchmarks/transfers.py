@@ -167,7 +167,7 @@ def case(
     measured = in_turn(runs, arguments.rounds)
     results = {one: summary(times) for one, times in measured.items()}
     for one in ("reactive", "predictive"):
-        counted = decoders[one].cache.recorder.snapshot("decode")
+        counted = decoders[one].paging()
         bytes_moved = counted["h2d_pages"] * page_bytes / counted["steps"]
         must_move = counted["must_move"] * page_bytes / counted["steps"]
         link_gb_s = bandwidth or max(row["gb_s"] for row in copies)
@@ -180,6 +180,7 @@ def case(
             "link_gb_s": link_gb_s,
             "link_ms": link_ms,
             "stall_ms_per_token": counted["stall_ms"] / counted["steps"],
+            "hidden_transfer_share": counted["hidden_transfer_share"],
             "over_floor": ratio_of(measured[one], floors),
             "over_shared_memory_floor": None
             if on_cpu is None
