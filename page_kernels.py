@@ -11,12 +11,16 @@ the environment variable TRITON_INTERPRET=1, set before this module is imported,
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 WORDS_AT_ONCE = 2048  # that one program copies
-AT_ONCE = 64  # slots that are compared with all others at a time
+WIDEST_LOAD = 16  # bytes that a thread can read at once
+AT_ONCE = 64  # most slots that are compared with all others at a time
+MOST_PAIRS = 2**14  # compared at a time, all in the registers of one program
 
 
 @triton.jit(do_not_specialize=["now"])
@@ -46,17 +50,18 @@ def _look_up(
     tl.store(used_at_ptr + slot, used, mask=there)
     tl.debug_barrier()
     # Slots by when they were used last. Those of wanted pages were used now, so they come last and are not given up.
-    other = tl.arange(0, SLOTS)
-    is_slot = other < n_slots
-    other_used = tl.load(used_at_ptr + other, mask=is_slot, other=0)
-    for start in range(0, n_slots, CHUNK):
-        mine = start + tl.arange(0, CHUNK)
-        is_mine = mine < n_slots
-        my_used = tl.load(used_at_ptr + mine, mask=is_mine, other=0)
-        later = my_used[:, None] > other_used[None, :]
-        tied = (my_used[:, None] == other_used[None, :]) & (mine[:, None] > other[None, :])
-        rank = tl.sum(((later | tied) & is_slot[None, :]).to(tl.int32), axis=1)
-        tl.store(order_ptr + rank, mine.to(tl.int64), mask=is_mine)
+    if tl.sum(missing.to(tl.int32), axis=0) > 0:
+        other = tl.arange(0, SLOTS)
+        is_slot = other < n_slots
+        other_used = tl.load(used_at_ptr + other, mask=is_slot, other=0)
+        for start in range(0, n_slots, CHUNK):
+            mine = start + tl.arange(0, CHUNK)
+            is_mine = mine < n_slots
+            my_used = tl.load(used_at_ptr + mine, mask=is_mine, other=0)
+            later = my_used[:, None] > other_used[None, :]
+            tied = (my_used[:, None] == other_used[None, :]) & (mine[:, None] > other[None, :])
+            rank = tl.sum(((later | tied) & is_slot[None, :]).to(tl.int32), axis=1)
+            tl.store(order_ptr + rank, mine.to(tl.int64), mask=is_mine)
     tl.debug_barrier()
     nth = tl.cumsum(missing.to(tl.int32), axis=0) - 1
     given = tl.load(order_ptr + nth, mask=missing, other=0)
@@ -83,8 +88,9 @@ def _gather(
     n_wanted,
     n_words,
     WORDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Program (i, j) copies the j-th words of the i-th page."""
+    """Program (i, j) copies the j-th words of the i-th page, whose address is a multiple of ALIGNED bytes."""
     i = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     inside = word < n_words
@@ -98,7 +104,8 @@ def _gather(
             tl.store(target, tl.load(in_pool, mask=inside), mask=inside)
         else:
             address = tl.load(address_of_ptr + tl.load(wanted_ptr + i))
-            words = tl.load(address.to(tl.pointer_type(tl.int32)) + word, mask=inside)
+            on_host = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), ALIGNED) + word
+            words = tl.load(on_host, mask=inside)
             tl.store(in_pool, words, mask=inside)
             tl.store(target, words, mask=inside)
 
@@ -108,6 +115,7 @@ def look_up(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `device_page_table.look_up_with_torch`."""
     n_wanted, n_slots = wanted.numel(), page_in.numel()
+    padded_slots = triton.next_power_of_2(n_slots)
     order, slots = torch.empty_like(page_in), torch.empty_like(wanted)
     was_there = torch.empty(n_wanted, dtype=torch.int8, device=wanted.device)
     _look_up[(1,)](
@@ -122,10 +130,15 @@ def look_up(
         n_wanted,
         n_slots,
         WANTED=triton.next_power_of_2(n_wanted),
-        SLOTS=triton.next_power_of_2(n_slots),
-        CHUNK=AT_ONCE,
+        SLOTS=padded_slots,
+        CHUNK=chunk_of(padded_slots),
     )
     return slots, was_there
+
+
+def chunk_of(n_slots: int) -> int:
+    """How many slots are compared with all `n_slots` at a time; of a power of two, a power of two."""
+    return max(1, min(AT_ONCE, MOST_PAIRS // n_slots))
 
 
 def gather(
@@ -153,5 +166,6 @@ def gather(
         n_wanted,
         n_words,
         WORDS=WORDS_AT_ONCE,
+        ALIGNED=math.gcd(WIDEST_LOAD, pool[0].nbytes),  # host pages lie one after the other
     )
     return block
