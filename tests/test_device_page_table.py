@@ -238,25 +238,35 @@ def page_at(address, like):
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
 
 
-@pytest.mark.parametrize("page_table", ["host", "device"])
-def test_in_a_decode_step_the_host_reads_nothing_but_what_its_own_table_needs(llama, monkeypatch, page_table):
-    reads, token = ReadsByTheHost(), torch.tensor([[7]])
-    prepare = DevicePageTable.__init__
+EXACT = {"selector": "all", "attention_pages": None}
+AHEAD = {"predictor": "layer_ahead", "prefetch_k": 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads_of_a_layer"),
+    [(EXACT, {}), (EXACT | AHEAD, {}), ({}, {"tolist": 1}), ({"page_table": "device"}, {})],
+    ids=["exact", "exact, predictive", "selection", "selection, device table"],
+)
+def test_in_a_decode_step_the_host_reads_only_what_a_selector_chose_for_its_own_table(
+    llama, monkeypatch, settings, reads_of_a_layer
+):
+    reads, prepare = ReadsByTheHost(), DevicePageTable.__init__
 
     def with_kernels(self, *arguments):
         prepare(self, *arguments)
         self.kernels = DefinedKernels(reads)
 
     monkeypatch.setattr(DevicePageTable, "__init__", with_kernels)
-    cache = PagedKVCache(llama.config, **PAGING | QUEST, page_table=page_table)
+    cache_type = PrefetchingKVCache if "predictor" in settings else PagedKVCache
+    cache = cache_type(llama.config, **PAGING | QUEST | settings)
     with cache.attached(llama), torch.inference_mode():
         llama(make_prompt(100).ids, past_key_values=cache)
         with reads:
             for _ in range(20):  # pages open and fill meanwhile
-                llama(token, past_key_values=cache)
-    n_layers = len(cache.paged_layers)
-    assert reads.seen == ({} if page_table == "device" else {"tolist": 20 * n_layers})
-    assert cache.recorder.snapshot("decode")["misses"] > 0
+                llama(torch.tensor([[7]]), past_key_values=cache)
+    n_asked = 20 * len(cache.paged_layers)
+    assert reads.seen == {name: n_asked * count for name, count in reads_of_a_layer.items()}
+    assert cache.recorder.snapshot("decode")["h2d_pages"] > 0
 
 
 def test_who_watches_attention_sees_the_same_pages_and_shares(placed):
