@@ -82,6 +82,7 @@ class PagedKVCache(Cache):
         self._transports: dict[torch.device, Transport] = {}
         self._n_attached = 0
         self.watches_attention = type(self).attended is not PagedKVCache.attended
+        self.looks_ahead = type(self).look_ahead is not PagedKVCache.look_ahead
         self.torn = False
         self.n_decode_steps = 0
         self._made_of = config, paging
@@ -274,7 +275,8 @@ class PagedKVCache(Cache):
         return self._transports[device]
 
     def look_ahead(self, layer: PagedLayer, sequence: PagedSequence, wanted: Sequence[int]) -> None:
-        """Every page that the layer asked for is there or on its way; reactive paging does nothing with the time."""
+        """Every page that the layer asked for is there or on its way. Called where `looks_ahead` says so, for reactive
+        paging does nothing with the time."""
 
     def attended(self, layer: PagedLayer, sequence: PagedSequence, attention: DecodeAttention) -> None:
         """A decode step's attention of one layer and sequence is done. Called where `watches_attention` says so, as

@@ -184,7 +184,7 @@ class PageTable:
         return other
 
     def _require_absent(self, page: int) -> None:
-        if self.slot(page) is not None:
+        if page in self.resident or page in self.staged:
             raise RuntimeError(f"page {page} is on the device already")
 
 

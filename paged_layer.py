@@ -71,6 +71,7 @@ class ServesLayers(Protocol):
     phase: str
     torn: bool
     watches_attention: bool  # whether `attended` is to be called
+    looks_ahead: bool  # whether `look_ahead` is to be called
 
     def transport(self, device: torch.device) -> Transport: ...
 
@@ -278,7 +279,7 @@ class PagedLayer(CacheLayerMixin):
         """A decode step that repeats the one before it; see standing_step.py."""
         sequence = self.pages.sequences[0]
         try:
-            sequence.ask_again(lambda wanted: self.cache.look_ahead(self, sequence, wanted))
+            sequence.ask_again(partial(self.cache.look_ahead, self, sequence) if self.cache.looks_ahead else None)
             started = self.clock.now()
             out = self._repeat.attend(query, key, value)
             self._spent_attending(started)
@@ -344,7 +345,7 @@ class PagedLayer(CacheLayerMixin):
             choice = choose_pages(self.pages.scores(sequence.lane, grouped), len(pages), pinned, n_attended, per_head)
             pages, heads = choice.pages, choice.heads
             self.cache.recorder.spent(self.layer_idx, "select", self.clock.since(started))
-        look_ahead = partial(self._look_ahead, sequence)
+        look_ahead = partial(self._look_ahead, sequence) if self.cache.looks_ahead else None
         may_skip = query is not None and self.cache.phase == "decode"
         return PageReading(sequence.resolve(pages, pinned, look_ahead, may_skip), heads)
 
@@ -409,8 +410,7 @@ class PagedLayer(CacheLayerMixin):
                 self._spent_attending(started)
         if not merged:  # nothing but padding so far
             return torch.zeros_like(query, dtype=torch.float32)
-        if not all_there:
-            started = self.clock.now()
+        started = started if all_there else self.clock.now()
         if rule.sinks is not None:
             merged.append(sink_part(rule.sinks, like=merged[0]))
         together = side_by_side(merged)

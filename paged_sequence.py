@@ -43,12 +43,14 @@ class PagedSequence:
         n_tokens: positions stored; padding is not.
         holes: positions of the context that are not stored, ascending.
         host_rows: where each sealed page lies on the host.
+        count: adds to the record, as `Recorder.count` for this layer.
         arriving: the copies of staged pages that no request has taken up yet: pages copied ahead, and pages that a step
             did without (`_demanded`). They stay until they are asked for, or their slot is needed.
     """
 
     def __init__(self, lane: int, paging: Paging, store: PageStore, recorder: Recorder, layer_idx: int):
         self.lane, self.paging, self.store, self.recorder, self.layer_idx = lane, paging, store, recorder, layer_idx
+        self.count = partial(recorder.count, layer_idx)
         policy = POLICIES.create(paging.policy)
         self.table = PageTable(paging.max_gpu_pages, paging.staging_pages, policy, first_slot=lane * paging.slots)
         self.yardstick = Yardstick(recorder, layer_idx, paging.max_gpu_pages, paging.slots)
@@ -261,14 +263,14 @@ class PagedSequence:
         return True
 
     def resolve(
-        self, wanted: Sequence[int], pinned: set[int], look_ahead: LooksAhead, may_skip: bool = False
+        self, wanted: Sequence[int], pinned: set[int], look_ahead: LooksAhead | None, may_skip: bool = False
     ) -> Iterable[dict[int, int]]:
         """Ask for pages.
 
         Args:
             wanted: page ids, each once.
             pinned: pages that stay resident whatever happens.
-            look_ahead: called once, when every wanted page is there or on its way.
+            look_ahead: called once, when every wanted page is there or on its way; None if nobody looks ahead.
             may_skip: whether `on_miss` applies, under which pages that are not there may be left out.
 
         Returns:
@@ -294,7 +296,7 @@ class PagedSequence:
         return Resolution(self, order, pinned, asked, look_ahead, must_move, skips=skips)
 
     def _answer_at_once(
-        self, wave: dict[int, int], order: Sequence[int], pinned: set[int], look_ahead: LooksAhead
+        self, wave: dict[int, int], order: Sequence[int], pinned: set[int], look_ahead: LooksAhead | None
     ) -> Iterable[dict[int, int]]:
         """Answer a request whose pages are all resident, as a `Resolution` would."""
         self.table.touch(reversed(order))
@@ -303,36 +305,39 @@ class PagedSequence:
         self.looked_up(order, ())
         if len(order) == self.n_pages and self.yardstick.holds_all:  # selected pages are hardly ever the same again
             self._standing = StandingAnswer(order, self.table.n_changes, wave)
-        look_ahead(order)
+        if look_ahead is not None:
+            look_ahead(order)
         return (wave,)
 
     def standing_answer(self) -> StandingAnswer | None:
         """The answer to the last request, if asking the same again would be answered with it."""
         return self._standing if self._standing is not None and self._standing.stands(self.table) else None
 
-    def ask_again(self, look_ahead: LooksAhead) -> None:
+    def ask_again(self, look_ahead: LooksAhead | None) -> None:
         """Make the last request once more, where there is a `standing_answer`."""
         self.recorder.asked(self.layer_idx, self.lane, self._standing.wanted, self.table.resident)
         self._answer_again(self._standing, look_ahead)
 
-    def _answer_again(self, standing: StandingAnswer, look_ahead: LooksAhead) -> Iterable[dict[int, int]]:
+    def _answer_again(self, standing: StandingAnswer, look_ahead: LooksAhead | None) -> Iterable[dict[int, int]]:
         """Answer the request of the step before, which finds everything where it was. Plain LRU keeps its order by it,
         and so does a policy that says so of its touches."""
         if not self._touches_are_idempotent:
             self.table.touch(reversed(standing.wanted))
         n = len(standing.wanted)
         self.count(hits=n, lru_hits=n, shadow_hits=n, shadow_slots_hits=n)
-        look_ahead(standing.wanted)
+        if look_ahead is not None:
+            look_ahead(standing.wanted)
         return (standing.wave,)
 
     def _one_by_one(
-        self, order: Sequence[int], pinned: set[int], asked: Asked, look_ahead: LooksAhead, must_move: int
+        self, order: Sequence[int], pinned: set[int], asked: Asked, look_ahead: LooksAhead | None, must_move: int
     ) -> Iterator[dict[int, int]]:
         """Naive paging: no page is asked for before the one before it has been attended."""
         request = pinned.union(order)
         for page in order[:-1]:
             yield from Resolution(self, [page], pinned, asked, request=request)
-        yield from Resolution(self, order[-1:], pinned, asked, lambda _: look_ahead(order), must_move)
+        whole = None if look_ahead is None else lambda _: look_ahead(order)
+        yield from Resolution(self, order[-1:], pinned, asked, whole, must_move)
 
     def bring_in(
         self, chosen: torch.Tensor, ranked: torch.Tensor, part_tokens: int, names_pages: bool
@@ -438,6 +443,3 @@ class PagedSequence:
         self.count(h2d_pages=len(pages), copy_ms=1000.0 * (time.perf_counter() - started), **counts)
         self.recorder.copying(self.layer_idx, name, ticket, len(pages))
         return ticket
-
-    def count(self, **counts: float) -> None:
-        self.recorder.count(self.layer_idx, **counts)

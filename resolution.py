@@ -165,8 +165,10 @@ class Resolution:
         are asked for one by one, and those copied ahead hold every slot, one that is wanted later has to go too.
 
         A request that skips evicts nothing before the page is there, and so leaves a new page its slot."""
+        if self.table.free_slots:
+            return True
         if self.skips:
-            return bool(self.table.free_slots) or self.sequence.give_up_one(self.request, only_arrived=True)
+            return self.sequence.give_up_one(self.request, only_arrived=True)
         if self.table.makes_room and self.table.can_stage(self.pinned):
             return True
         give_up_one = self.sequence.give_up_one

@@ -191,7 +191,8 @@ class Recount:
 
         monkeypatch.setattr(PagedLayer, "_ask", noting)
         always = property(lambda cache: True, lambda cache, value: None)
-        monkeypatch.setattr(PagedKVCache, "watches_attention", always, raising=False)
+        for who in ("watches_attention", "looks_ahead"):
+            monkeypatch.setattr(PagedKVCache, who, always, raising=False)
         for cls in (PagedKVCache, PrefetchingKVCache):
             monkeypatch.setattr(cls, "attended", self._noting_attended(cls.attended))
             monkeypatch.setattr(cls, "look_ahead", self._noting_wanted(cls.look_ahead))
