@@ -209,7 +209,7 @@ def test_the_last_to_leave_restores_in_whatever_order_they_leave(llama, leaving)
     assert torch.equal(continue_prompt(llama, prompt, 8), expected)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(turns=st.lists(st.integers(0, 3), max_size=20))
 def test_a_model_is_attached_exactly_while_some_cache_is(llama, turns):
     """Each turn enters, or leaves, one of four places; the set of those inside is the whole state."""

@@ -67,7 +67,7 @@ class NaivePages:
         return [self.slots[page] for page in wanted], there
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 6), st.data())
 def test_looking_up_is_lru(n_slots, data):
     n_pages, naive, now = 10, NaivePages(n_slots), 1

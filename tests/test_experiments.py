@@ -34,7 +34,9 @@ from yaml_source import MAX_BYTES, read_source
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL_KEYS = sorted({key for cls in MODE_CLASSES.values() for key in cls.model_fields})
-SAME_FOLDER = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SAME_FOLDER = settings(
+    max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -781,7 +783,6 @@ def test_runs_are_interleaved_by_context_then_repetition_with_the_baseline_first
     ]
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -934,7 +935,6 @@ def test_the_run_id_differs_when_any_field_differs(spec, other, field):
     assert re.fullmatch(r"[0-9a-f]{12}", spec.run_id)
 
 
-@settings(deadline=None)
 @given(order=st.permutations(["mode", "seed", "policy", "link", "prefetch_k", "num_runs"]), flip=st.booleans())
 def test_the_run_id_does_not_depend_on_the_order_of_keys(order, flip):
     entry = {

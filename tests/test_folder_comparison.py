@@ -150,7 +150,7 @@ def of_times(pairs):
     return FolderComparison(a, b, [(i, i) for i in range(len(pairs))], [])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(times)
 def test_swapped_folders_give_the_inverse_ratio_and_the_opposite_verdict(pairs):
     forth, back = of_times(pairs), of_times([pair[::-1] for pair in pairs])
@@ -159,7 +159,7 @@ def test_swapped_folders_give_the_inverse_ratio_and_the_opposite_verdict(pairs):
         assert other.verdict == OPPOSITE.get(one.verdict, one.verdict)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(times, st.floats(0.1, 10))
 def test_machines_that_are_both_faster_by_the_same_factor_compare_alike(pairs, factor):
     one, other = of_times(pairs), of_times([(factor * a, factor * b) for a, b in pairs])
@@ -307,7 +307,7 @@ def test_folders_without_a_run_in_common_say_what_each_has(tmp_path):
 anything = st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.sampled_from([10**30, 10**400, -1.0, 0, []]))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_whatever_results_hold_they_are_compared_without_a_traceback(data):
     results = make_sweep(contexts=(500,), repetitions=2)

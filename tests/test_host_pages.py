@@ -129,7 +129,7 @@ class RowsAgainstModel(RuleBasedStateMachine):
 
 
 TestRowsAgainstModel = RowsAgainstModel.TestCase
-TestRowsAgainstModel.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestRowsAgainstModel.settings = settings(max_examples=80, stateful_step_count=30)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ class PagesAgainstTensors(RuleBasedStateMachine):
 
 
 TestPagesAgainstTensors = PagesAgainstTensors.TestCase
-TestPagesAgainstTensors.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestPagesAgainstTensors.settings = settings(max_examples=60, stateful_step_count=20)
 
 
 def test_rows_that_are_repeated_share_their_full_pages_on_the_host():

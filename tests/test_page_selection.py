@@ -64,7 +64,7 @@ contexts = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(context=contexts, per_kv_head=st.booleans(), data=st.data())
 def test_the_choice_is_the_one_that_the_rule_gives(context, per_kv_head, data):
     n, (n_kv_heads, group) = context["n_scored"], context["heads"]
@@ -112,7 +112,7 @@ def test_the_choice_is_the_one_that_the_rule_gives(context, per_kv_head, data):
         assert_ranked([min(head[page] for page in chosen), max(left, default=0.0)])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     scores=st.lists(st.sampled_from([-math.inf, -300.0, -1.0, 0.0, 1.0, 300.0]), min_size=1, max_size=9),
     per_kv_head=st.booleans(),
@@ -265,7 +265,7 @@ class DigestsAgainstModel(RuleBasedStateMachine):
         assert self.digests.nbytes == len(self.rows) * self.digests.capacity * 2 * 3 * 2
 
 
-DigestsAgainstModel.TestCase.settings = settings(max_examples=60, stateful_step_count=15, deadline=None)
+DigestsAgainstModel.TestCase.settings = settings(max_examples=60, stateful_step_count=15)
 TestDigests = DigestsAgainstModel.TestCase
 
 

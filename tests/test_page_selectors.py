@@ -122,7 +122,7 @@ def test_a_page_of_one_key_scores_its_logit(name):
 integers = st.integers(-8, 8)  # whole numbers, so that float32 adds them up exactly
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     query=st.lists(integers, min_size=3, max_size=3),
     keys=st.lists(st.lists(integers, min_size=3, max_size=3), min_size=1, max_size=6),

@@ -118,7 +118,7 @@ def host_segments_and_transfers(draw):
     return ends, draw(st.permutations(pages))[: draw(st.integers(0, 12))]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(case=host_segments_and_transfers())
 def test_pages_copied_in_stretches_are_the_pages_copied_one_by_one(case):
     ends, pages = case
@@ -258,7 +258,7 @@ def test_a_settled_store_has_no_copy_under_way_and_forgets_the_failed_ones(lazy_
 # --- lanes ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(n_lanes=st.integers(1, 5), slots_per_lane=st.integers(1, 3), data=st.data(), inference_mode=st.booleans())
 def test_selected_lanes_are_those_that_indexing_gives(n_lanes, slots_per_lane, data, inference_mode):
     """Permutations, duplicates, fewer and more lanes among them."""

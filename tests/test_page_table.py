@@ -141,7 +141,7 @@ class TableAgainstModel(RuleBasedStateMachine):
 
 
 TestTableAgainstModel = TableAgainstModel.TestCase
-TestTableAgainstModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestTableAgainstModel.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 class Hostile:

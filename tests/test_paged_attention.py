@@ -201,7 +201,7 @@ def pages_of(states_of_context: torch.Tensor, page_size: int) -> list[torch.Tens
     return list(states_of_context.split(page_size, dim=2))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     heads=st.sampled_from(HEADS),
     n_queries=st.integers(1, 3),
@@ -258,7 +258,7 @@ def test_merging_one_part_is_that_part():
     agree(merge([part]), part.out, part.lse, tolerance=0.0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(heads=st.sampled_from(HEADS), n_pages=st.integers(1, 9), seed=st.integers(0, 1000))
 def test_the_mass_of_a_page_is_its_share_of_the_softmax(heads, n_pages, seed):
     query, key, value = states(1, heads, 1, 4 * n_pages, 8, seed)
@@ -271,7 +271,7 @@ def test_the_mass_of_a_page_is_its_share_of_the_softmax(heads, n_pages, seed):
     assert mass.sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     heads=st.sampled_from(HEADS),
     n_queries=st.integers(1, 3),

@@ -31,7 +31,7 @@ def plan(wave, open_page, pool, per_part, most=10**6):
     return plan_reads(pool, sorted(wave.values()), wave.get(open_page), per_part * pool.shape[1], most)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=waves(), per_part=st.integers(1, 5), most=st.integers(1, 12), call_bytes=st.sampled_from([0, 200, 10**9]))
 def test_every_written_position_is_read_once_and_is_that_of_its_page(case, per_part, most, call_bytes):
     size, n_slots, wave, open_page, fill = case
@@ -64,7 +64,7 @@ def test_every_written_position_is_read_once_and_is_that_of_its_page(case, per_p
         assert torch.equal(read[page][1], pool[slot, :n, 1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=waves(), per_part=st.integers(1, 5), seed=st.integers(0, 99))
 def test_the_merged_parts_are_attention_over_all_of_it(case, per_part, seed):
     size, n_slots, wave, open_page, fill = case

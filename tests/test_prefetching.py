@@ -237,9 +237,7 @@ def watched():
 
 
 @given(st.sampled_from(TRIED), st.sampled_from(list(WAYS)), PAGINGS, SELECTIONS, PREFETCHES)
-@settings(
-    max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
-)  # to shrink takes minutes
+@settings(max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes minutes
 def test_whatever_the_settings_tokens_are_those_without_prefetch_and_all_is_accounted_for(
     name, way, paging, selection, prefetch
 ):

@@ -105,7 +105,7 @@ def test_every_registered_task_is_tested_here_and_names_itself_as_it_is_register
     assert tuple(name for name in NAMES if TASKS.create(name).has_depth) == WITH_DEPTH
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(NAMES),
     n_tokens=st.integers(LONG_ENOUGH, 3000),

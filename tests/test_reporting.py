@@ -299,7 +299,7 @@ anything = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_whatever_results_hold_the_summary_is_strict_json_and_tables_can_be_made(data):
     results = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from intervals import bootstrap
 from run_statistics import NO_DIFFERENCE, log_ratio, median_with_interval, paired_ratio, spread_percent
 
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=25)
 positive = st.floats(0.01, 1e4)
 pair = st.tuples(positive, positive)
 some_cells = st.lists(st.lists(pair, min_size=1, max_size=5), min_size=1, max_size=3)
