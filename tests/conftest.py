@@ -8,12 +8,11 @@ import logging
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share the cores; threads of several would wait for each other
 
-# Machines are noisy: no test fails for how long it takes, nor for how long its examples take to make.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("untimed", deadline=None)  # machines are noisy: no example fails for how long it takes
 settings.load_profile("untimed")
 
 TINY_LLAMA = "random:configs/models/tiny-llama.json"

@@ -34,9 +34,7 @@ from yaml_source import MAX_BYTES, read_source
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL_KEYS = sorted({key for cls in MODE_CLASSES.values() for key in cls.model_fields})
-SAME_FOLDER = settings(
-    max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+SAME_FOLDER = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,7 @@ def test_sink_and_recent_pages_are_never_copied_in(llama, monkeypatch):
     assert {1, 2, 3} >= set(fetched) and fetched
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(
         st.one_of(

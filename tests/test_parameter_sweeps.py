@@ -18,9 +18,7 @@ from experiments import ConfigError, expand, load_experiment, load_experiments
 from parameter_sweeps import comparable
 
 PROJECT = Path(__file__).parent.parent
-SAME_FOLDER = settings(
-    max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+SAME_FOLDER = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
