@@ -301,7 +301,7 @@ class PagedSequence:
         """Answer a request whose pages are all resident, as a `Resolution` would."""
         self.table.touch(reversed(order))
         self.yardstick.asked(order, pinned, resident_first=True, hits=order)
-        self.recorder.count(self.layer_idx, hits=len(order))
+        self.count(hits=len(order))
         self.looked_up(order, ())
         if len(order) == self.n_pages and self.yardstick.holds_all:  # selected pages are hardly ever the same again
             self._standing = StandingAnswer(order, self.table.n_changes, wave)

@@ -114,8 +114,8 @@ class Decoder:
     def paging(self) -> dict[str, Any]:
         """What its paged cache did in all decode steps, once the device is done with them: `Recorder.snapshot`, with
         `transfer_ms`, the time its link was busy, and `hidden_transfer_share`, the share of that not waited for."""
-        steps = Timing(self.position, 1, None, None, [], "host")
-        figures = self.cache.figures(steps)["cache"]
+        untimed = Timing.from_token_times([], batch_size=1, clock="none")
+        figures = self.cache.figures(untimed)["cache"]
         link = {name: figures[name] for name in ("transfer_ms", "hidden_transfer_share")}
         return self.cache.recorder.snapshot("decode") | link
 
