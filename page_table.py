@@ -16,7 +16,7 @@ Eviction drops a slot and copies nothing: a page is written to the host once, wh
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from heapq import heappop, heappush
 
 from page_policies import NothingToEvict, ReplacementPolicy
@@ -86,19 +86,33 @@ class PageTable:
             NothingToEvict: no slot is free and every resident page is pinned.
         """
         self._require_absent(page)
-        self.n_changes += 1
         evicted = None if self.free_slots else self.evict(pinned)
-        self.staged[page] = heappop(self.free_slots)
-        return self.staged[page], evicted
+        return self.stage_free((page,))[0], evicted
 
-    def admit(self, page: int, pinned: Collection[int]) -> int | None:
-        """Make a staged page resident; returns the page evicted to stay within the budget, if any."""
-        slot = self.staged[page]
+    def stage_free(self, pages: Sequence[int]) -> list[int]:
+        """Take slots for absent pages whose copies are about to start, as far as some are free; returns those of the
+        first pages."""
+        staged, free_slots, slots = self.staged, self.free_slots, []
+        for page in pages[: len(free_slots)]:
+            self._require_absent(page)
+            slots.append(heappop(free_slots))
+            staged[page] = slots[-1]
+        self.n_changes += len(slots)
+        return slots
+
+    def admit(self, pages: Iterable[int], pinned: Collection[int]) -> int:
+        """Make those of the pages resident that are staged, one after the other; returns how many pages were evicted
+        to stay within the budget."""
+        staged, resident, insert = self.staged, self.resident, self.policy.insert
+        most, evicted = self.max_resident - self.n_lent, 0
         self.n_changes += 1
-        evicted = self.evict(pinned) if self._is_full else None
-        del self.staged[page]
-        self.resident[page] = slot
-        self.policy.insert(page)
+        for page in pages:
+            if page in staged:
+                if len(resident) >= most:
+                    self.evict(pinned)
+                    evicted += 1
+                resident[page] = staged.pop(page)
+                insert(page)
         return evicted
 
     def open(self, page: int, pinned: Collection[int]) -> tuple[int, int | None]:

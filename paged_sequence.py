@@ -172,7 +172,7 @@ class PagedSequence:
             self.count(prefetch_on_time=self.taken_up(page))
         if page in self.table.staged:
             self.recorder.waited(self.layer_idx, self.arriving.pop(page).wait())
-            self.count(evictions=int(self.table.admit(page, pinned) is not None))
+            self.count(evictions=self.table.admit((page,), pinned))
         self.yardstick.opened(page, pinned)
         self.store.await_slot(self.table.resident[page])
 
@@ -224,19 +224,16 @@ class PagedSequence:
             ranking: all pages that are guessed, most wanted first, those to be copied among them.
             kept: pages that are about to be attended, and so given up for none.
         """
-        rank: dict[int, int] = {}
-        chosen: list[int] = []
-        slots: list[int] = []
-        for page in pages:
-            if not self.table.free_slots:
-                if not rank:
-                    rank = {page: place for place, page in enumerate(dict.fromkeys(ranking))}
-                    kept = {*kept, *self.pinned_pages()}
+        slots = self.table.stage_free(pages)
+        if len(slots) < len(pages):
+            rank = {page: place for place, page in enumerate(dict.fromkeys(ranking))}
+            kept = {*kept, *self.pinned_pages()}
+            for page in pages[len(slots) :]:
                 gave_up = self._give_up_less_wanted(page, rank, kept)
                 if not gave_up and not (may_evict and self._evict_for_prefetch(kept.union(rank))):
                     break
-            slots.append(self.table.stage(page, ())[0])
-            chosen.append(page)
+                slots += self.table.stage_free((page,))
+        chosen = pages[: len(slots)]
         if chosen:
             ticket = self.fetch("prefetch", chosen, slots, prefetch_issued=len(chosen))
             self.arriving.update(dict.fromkeys(chosen, ticket))
@@ -285,7 +282,8 @@ class PagedSequence:
         if self._standing is not None and self._standing.stands(self.table) and self._standing.wanted == order:
             return self._answer_again(self._standing, look_ahead)
         self._standing = None
-        wave = self.table.slots_of_residents(order) if as_set else None
+        may_be_there = as_set and len(order) <= len(self.table.resident)
+        wave = self.table.slots_of_residents(order) if may_be_there else None
         if wave is not None:
             return self._answer_at_once(wave, order, pinned, look_ahead)
         skips = may_skip and self.paging.on_miss == "skip"

@@ -183,11 +183,10 @@ class Recorder:
         """
         if self.timeline is not None:
             self.timeline.waited(layer, stall)
-        counts = partial(_wait, n_early, n_prefetched, hit)
         if callable(stall):
-            self._find_out(layer, stall, counts)
+            self._find_out(layer, stall, partial(_wait, n_early, n_prefetched, hit))
         else:
-            self._noted.append((self._now or _no_step(), layer, counts(stall)))
+            self._noted.append((self._now or _no_step(), layer, _wait(n_early, n_prefetched, hit, stall)))
 
     def spent(self, layer: int, stage: str, time: Stall) -> None:
         """Add the time of a stage, `"select"`, `"predict"` or `"attend"`; in ms, or a function that gives it after the
@@ -258,8 +257,9 @@ class Recorder:
         self._n_later = 0
 
     def _sum_up(self) -> None:
-        while self._noted:
-            self._add(*self._noted.popleft())
+        noted, add = self._noted, self._add
+        while noted:
+            add(*noted.popleft())
 
     def _add(self, step: StepRecord, layer: int, counts: Counts) -> None:
         of_step = step.__dict__  # twice as fast as setattr
@@ -283,12 +283,11 @@ _SPENT = {"select": "select_ms", "predict": "predict_ms", "attend": "attend_ms"}
 
 
 def _wait(n_early: int, n_prefetched: int, hit: Callable[[], int], stall_ms: float) -> Counts:
-    counts: dict[str, float] = {"stall_ms": stall_ms}
+    if n_early == 0:
+        return {"stall_ms": stall_ms}
     if stall_ms > EVENT_RESOLUTION_MS:
-        counts |= {"late": n_early, "prefetch_late": n_prefetched}
-    elif n_early:
-        counts |= {"hits": n_early, "prefetch_on_time": n_prefetched, "lru_hits": hit()}
-    return counts
+        return {"stall_ms": stall_ms, "late": n_early, "prefetch_late": n_prefetched}
+    return {"stall_ms": stall_ms, "hits": n_early, "prefetch_on_time": n_prefetched, "lru_hits": hit()}
 
 
 _KNOWN_AFTERWARDS = (

@@ -72,14 +72,13 @@ class Resolution:
         self.sequence, self.table, self.wanted, self.asked = sequence, sequence.table, wanted, asked
         self.look_ahead, self.always_pinned, self.skips = look_ahead, pinned, skips
         self.pinned = pinned.union(wanted)
-        self.request = set(self.pinned) if request is None else request
+        self._request = request
         self.ready: dict[int, int] = {}  # slots, by page
-        self.missing: deque[int] = deque()
+        self.missing: list[int] = []
         # Copies with their pages; and how many of these were on their way already, how many of them prefetched, and who
         # is told if they are hits.
         self.under_way: deque[tuple[Ticket, list[int], int, int, Callable[[], int]]] = deque()
-        self._find(must_move)
-        self._fetch_missing()
+        self._fetch_missing(self._find(must_move))
 
     def __iter__(self) -> Iterator[dict[int, int]]:
         if self.ready:
@@ -93,19 +92,16 @@ class Resolution:
         if self.missing:
             raise RuntimeError(f"layer {self.sequence.layer_idx}: no slot was to be had for pages {[*self.missing]}")
 
-    def _find(self, must_move: int) -> None:
+    def _find(self, must_move: int) -> dict[str, float]:
         """Sort the wanted pages into hits, misses and those still on their way, which are counted as they are waited
-        for: on CUDA only the device knows whether it had to wait."""
+        for: on CUDA only the device knows whether it had to wait. Returns the counts of the others."""
         on_their_way: dict[int, tuple[Ticket, list[int]]] = {}
         n_on_their_way = on_time = 0
-        resident, staged, arriving, found = self.table.resident, self.table.staged, self.sequence.arriving, []
+        resident, staged, arriving = self.table.resident, self.table.staged, self.sequence.arriving
+        self.ready = {page: resident[page] for page in self.wanted if page in resident}
+        self.table.touch(reversed(self.ready))  # the most wanted last, so that it counts as the most recently used
         last, is_done = None, False  # pages come by the transfer
-        for page in self.wanted:
-            slot = resident.get(page)
-            if slot is not None:
-                found.append(page)
-                self.ready[page] = slot
-                continue
+        for page in [page for page in self.wanted if page not in resident]:
             slot = staged.get(page)
             if slot is None:
                 self.missing.append(page)
@@ -122,8 +118,7 @@ class Resolution:
             else:
                 n_on_their_way += 1
                 on_their_way.setdefault(id(ticket), (ticket, []))[1].append(page)
-        self.table.touch(reversed(found))  # the most wanted last, so that it counts as the most recently used
-        counts = {"hits": len(self.ready), "misses": len(self.missing), "must_move": must_move}
+        counts: dict[str, float] = {"hits": len(self.ready), "misses": len(self.missing), "must_move": must_move}
         if on_time:
             counts["prefetch_on_time"] = on_time
         if self.skips:
@@ -135,27 +130,30 @@ class Resolution:
                 n_prefetched = sum(map(self.sequence.taken_up, pages))
                 self.under_way.append((ticket, pages, len(pages), n_prefetched, partial(self.asked.hit, pages)))
         self.asked.hit(self.ready)
-        self.sequence.count(**counts)
         self.sequence.looked_up(self.wanted, self.missing)
+        return counts
 
-    def _fetch_missing(self) -> None:
-        """Start copying as many missing pages as there are slots for, as one transfer."""
-        pages: list[int] = []
-        slots: list[int] = []
+    def _fetch_missing(self, counts: dict[str, float]) -> None:
+        """Start copying as many missing pages as there are slots for, as one transfer; and add the counts."""
+        slots = self.table.stage_free(self.missing)
         evictions = 0
-        while self.missing and self._has_room():
-            slot, evicted = self.table.stage(self.missing[0], self.pinned)
-            pages.append(self.missing.popleft())
+        while len(slots) < len(self.missing) and self._has_room():
+            slot, evicted = self.table.stage(self.missing[len(slots)], self.pinned)
             slots.append(slot)
             evictions += evicted is not None
-        if pages:
-            ticket = self.sequence.fetch("fetch", pages, slots, evictions=evictions)
+        if evictions:
+            counts["evictions"] = counts.get("evictions", 0) + evictions
+        if slots:
+            pages, self.missing = self.missing[: len(slots)], self.missing[len(slots) :]
+            ticket = self.sequence.fetch("fetch", pages, slots, **counts)
             if self.skips:
                 self.sequence.fetched_for_later(pages, ticket)
             else:
                 self.under_way.append((ticket, pages, 0, 0, int))
+        elif counts:
+            self.sequence.count(**counts)
         if self.skips:
-            self.missing.clear()
+            self.missing = []
         if not self.missing and self.look_ahead is not None:
             self.look_ahead(self.wanted)
 
@@ -168,11 +166,16 @@ class Resolution:
         if self.table.free_slots:
             return True
         if self.skips:
-            return self.sequence.give_up_one(self.request, only_arrived=True)
+            return self.sequence.give_up_one(self._whole_request(), only_arrived=True)
         if self.table.makes_room and self.table.can_stage(self.pinned):
             return True
         give_up_one = self.sequence.give_up_one
-        return give_up_one(self.request) or self.table.can_stage(self.pinned) or give_up_one(self.pinned)
+        return give_up_one(self._whole_request()) or self.table.can_stage(self.pinned) or give_up_one(self.pinned)
+
+    def _whole_request(self) -> set[int]:
+        if self._request is None:
+            self._request = self.always_pinned.union(self.wanted)
+        return self._request
 
     def _next_arrivals(self) -> list[int]:
         """Wait for the oldest copy, and take along those that have arrived with it."""
@@ -187,15 +190,12 @@ class Resolution:
         """These pages have been attended: those that were staged become resident, and room is made for the next."""
         self.pinned.difference_update(pages)
         self.pinned.update(self.always_pinned)
-        evictions = 0
-        if self.table.staged:
-            for page in pages:
-                if page in self.table.staged:
-                    evictions += self.table.admit(page, self.pinned) is not None
-        if evictions:
-            self.sequence.count(evictions=evictions)
+        evictions = self.table.admit(pages, self.pinned) if self.table.staged else 0
+        counts = {"evictions": evictions} if evictions else {}
         if self.missing:
-            self._fetch_missing()
+            self._fetch_missing(counts)
+        elif counts:
+            self.sequence.count(**counts)
 
 
 @dataclass(frozen=True)

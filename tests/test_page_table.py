@@ -58,17 +58,28 @@ class TableAgainstModel(RuleBasedStateMachine):
         self.free.remove(slot)
         self.staged[page] = slot
 
+    @rule(pages=st.lists(PAGES, unique=True))
+    def stage_free(self, pages):
+        absent = [page for page in pages if page not in self.resident and page not in self.staged]
+        slots = self.table.stage_free(absent)
+        assert slots == sorted(self.free)[: len(absent)]  # the lowest free slot first, as far as there are any
+        self.free -= set(slots)
+        self.staged |= dict(zip(absent, slots, strict=False))
+
     @precondition(lambda self: self.staged)
-    @rule(data=st.data(), pinned=PINNED)
-    def admit(self, data, pinned):
-        page = data.draw(st.sampled_from(sorted(self.staged)))
-        expected = None
-        if len(self.resident) == self.max_resident and (expected := self.expect_eviction(pinned)) is None:
-            self.expect_refusal(lambda: self.table.admit(page, pinned))
-            return
-        assert self.table.admit(page, pinned) == expected
-        self.resident[page] = self.staged.pop(page)  # where it lies: no slot changes
-        self.policy.insert(page)
+    @rule(pages=st.lists(PAGES, unique=True), pinned=PINNED)
+    def admit(self, pages, pinned):
+        """Those of them that are staged, one after the other; it stops where one finds no room."""
+        n_evicted = 0
+        for page in [page for page in pages if page in self.staged]:
+            if len(self.resident) == self.max_resident:
+                if self.expect_eviction(pinned) is None:
+                    self.expect_refusal(lambda: self.table.admit(pages, pinned))
+                    return
+                n_evicted += 1
+            self.resident[page] = self.staged.pop(page)  # where it lies: no slot changes
+            self.policy.insert(page)
+        assert self.table.admit(pages, pinned) == n_evicted
 
     @rule(page=PAGES, pinned=PINNED)
     def open(self, page, pinned):
@@ -174,7 +185,7 @@ def test_a_policy_that_names_a_page_it_may_not_is_refused_and_nothing_changes(ch
         "evict": lambda: table.evict({1}),
         "open": lambda: table.open(4, {1}),
         "stage": lambda: table.stage(4, {1}),
-        "admit": lambda: table.admit(3, {1}),
+        "admit": lambda: table.admit((3,), {1}),
     }[verb]
     with pytest.raises(RuntimeError, match=f"Hostile chose page {choice}, which is pinned or not resident"):
         act()
