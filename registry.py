@@ -30,7 +30,8 @@ class UnknownName(ValueError):
 
 def nearest(word: str, known: list[str] | set[str] | Mapping[str, Any]) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to `word`, or an empty string when none is near."""
-    matches = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    begun = [one for one in known if one.startswith(f"{word}_")]  # 'model' was meant for 'model_name', not for 'mode'
+    matches = begun if len(begun) == 1 else difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -68,6 +68,11 @@ def test_a_misspelt_name_is_refused_with_the_nearest_one_and_all_known_ones(regi
 
 def test_a_name_like_no_other_gets_no_suggestion():
     assert nearest("zzz", ["lru", "mru"]) == ""
+
+
+def test_the_only_name_that_a_word_begins_is_nearer_than_one_spelt_alike():
+    assert nearest("model", ["mode", "model_name"]) == "; did you mean 'model_name'?"
+    assert nearest("page", ["pages", "page_size", "page_table"]) == "; did you mean 'pages'?"
     with pytest.raises(UnknownName, match=r"unknown policy 'zzz' \(known: attention, clock, fifo"):
         POLICIES.load("zzz")
 
