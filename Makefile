@@ -1,6 +1,6 @@
 # make run    set up and run the default experiment list
 # make test   set up and run the tests
-# make bench  set up and run the benchmarks, about 8 minutes on 2 cores; results in benchmarks/results/
+# make bench  set up and run the benchmarks, about 6 minutes on 2 cores; results in benchmarks/results/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
