@@ -24,9 +24,11 @@ from types import ModuleType
 import torch
 from torch.nn.functional import pad
 
+from page_selection import UNRANKABLE
 from page_store import PageStore
 from page_table import PageTable
 from pool_reads import Stretch, device_index
+from yardstick import Yardstick
 
 ABSENT = -1  # in place of a slot, or of a page
 
@@ -182,10 +184,32 @@ class DeviceReads:
             stretches.append(Stretch([len(rows)], self._store.pool[at : at + 1], None, part_tokens, 0))
         return stretches, was_there
 
-    def evicted_for(self, n_missed: int) -> int:
-        """How many pages went for those that a request missed. To be asked once for each request, in their order."""
+    def counts(
+        self,
+        yardstick: Yardstick,
+        pinned: Collection[int],
+        chosen: torch.Tensor,
+        was_there: torch.Tensor,
+        ranked: torch.Tensor,
+    ) -> dict[str, int]:
+        """The counts of a request, once the device has served it. To be asked once for each, in their order.
+
+        Args:
+            pinned, chosen, was_there: as for, and from, `read`.
+            ranked: whether the scores could be ranked, bool [].
+
+        Raises:
+            ValueError: they could not.
+        """
+        if not ranked:
+            raise ValueError(UNRANKABLE)
+        pages = chosen.tolist()
+        hits = [*pinned, *(page for page, there in zip(pages, was_there.tolist(), strict=True) if there)]
+        n_missed = len(pinned) + len(pages) - len(hits)
         n_into_free, self._n_free = min(n_missed, self._n_free), max(0, self._n_free - n_missed)
-        return n_missed - n_into_free
+        counts = yardstick.answer([*sorted(pinned), *pages], pinned, hits)
+        evictions = n_missed - n_into_free
+        return counts | {"hits": len(hits), "misses": n_missed, "h2d_pages": n_missed, "evictions": evictions}
 
     def end(self) -> None:
         """Give the slots back; the pages in them are on the host."""

@@ -35,6 +35,7 @@ from decode_attention import DecodeAttention
 from generation import measured_run
 from hf_attention import CannotPage
 from links import choose_link
+from lockstep import Lockstep
 from metrics import RunResult, Timing, cache_figures
 from models import LoadedModel
 from padding import Padding, read_padding
@@ -83,6 +84,7 @@ class PagedKVCache(Cache):
         self._n_attached = 0
         self.watches_attention = type(self).attended is not PagedKVCache.attended
         self.looks_ahead = type(self).look_ahead is not PagedKVCache.look_ahead
+        self.lockstep = None if self.looks_ahead else Lockstep()
         self.torn = False
         self.n_decode_steps = 0
         self._made_of = config, paging
@@ -148,6 +150,8 @@ class PagedKVCache(Cache):
         self.n_decode_steps += decoding
         self.phase = "decode" if decoding else "prefill"
         self.recorder.begin_step(self.phase)
+        if self.lockstep is not None:
+            self.lockstep.begin_step()
         if self.recorder.timeline is not None:
             self.recorder.timeline.begin_step(len(self.recorder.steps) - 1, decoding, self._now)
 

@@ -17,6 +17,7 @@ import torch
 
 from cache_settings import Paging
 from device_page_table import require_device_table
+from lockstep import Lockstep
 from padding import kept_of
 from page_selection import PageDigests
 from page_selectors import Selector
@@ -38,6 +39,7 @@ class LayerPages:
         dtype, device: of keys and values.
         selector: makes the digests; None where every page is read.
         max_tokens: positions of each sequence that memory is reserved for; more may follow.
+        lockstep: of the layers that ask alike where every page is read; None where nothing is shared.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class LayerPages:
         device: torch.device,
         selector: Selector | None = None,
         max_tokens: int = 0,
+        lockstep: Lockstep | None = None,
     ):
         n_kv_heads, head_dim = head_shape
         self.layer_idx, self.paging, self.selector = layer_idx, paging, selector
@@ -74,7 +77,10 @@ class LayerPages:
             a_page = torch.zeros((1, n_kv_heads, paging.page_size, head_dim), dtype=dtype, device=device)
             self.digests = PageDigests(batch_size, like=selector.digest(a_page))
             self.digests.reserve(n_sealed)
-        self.sequences = [PagedSequence(lane, paging, self.store, recorder, layer_idx) for lane in range(batch_size)]
+        shared = lockstep if selector is None else None
+        self.sequences = [
+            PagedSequence(lane, paging, self.store, recorder, layer_idx, shared) for lane in range(batch_size)
+        ]
         self.n_tokens = 0
 
     @property

@@ -45,6 +45,9 @@ class ReplacementPolicy(Protocol):
         truncate(n_pages)       the context was cropped: forget the pages from number `n_pages` on; those among them
                                 that were resident have been removed
 
+    A policy that is equal (`==`) to another just when both know the same declares `comparable = True` in its own class;
+    then layers that ask alike decide once (lockstep.py).
+
     The same pages touched in the same order again and again are what exact attention asks for in every step; see
     `idempotent`.
     """
@@ -84,6 +87,8 @@ def _least_unpinned(pages: Iterable[int], pinned: Collection[int], value: Callab
 class LRU:
     """Least recently used: evict the page that was asked for longest ago."""
 
+    comparable: ClassVar[bool] = True
+
     _order: OrderedDict[int, None] = field(default_factory=OrderedDict, init=False, repr=False)
 
     def insert(self, page: int) -> None:
@@ -104,6 +109,8 @@ class LRU:
 class MRU(LRU):
     """Most recently used: evict the page asked for last; best for a cyclic scan longer than the cache."""
 
+    comparable: ClassVar[bool] = True
+
     def victim(self, pinned: Collection[int]) -> int:
         return _first_unpinned(reversed(self._order), pinned)
 
@@ -111,6 +118,8 @@ class MRU(LRU):
 @dataclass(frozen=True)
 class FIFO(LRU):
     """First in, first out: evict the page that became resident longest ago, however often it is asked for."""
+
+    comparable: ClassVar[bool] = True
 
     @idempotent
     def touch(self, page: int) -> None:
@@ -125,6 +134,8 @@ class LFU:
     libCacheSim. Keeping pages in one list per count would find the victim without a search (Mitra et al. 2010,
     https://arxiv.org/abs/2110.11602); one pass over what is resident is shorter, and small beside the copy it precedes.
     """
+
+    comparable: ClassVar[bool] = True
 
     _uses: OrderedDict[int, int] = field(default_factory=OrderedDict, init=False, repr=False)
 
@@ -152,6 +163,8 @@ class Clock:
 
     Corbato 1968, A Paging Experiment with the Multics System, https://apps.dtic.mil/sti/citations/AD0687552
     """
+
+    comparable: ClassVar[bool] = True
 
     # The first entry is the page under the hand, the last one that just behind it: moving an entry from the front to
     # the end is moving the hand by one.
@@ -202,6 +215,7 @@ class S3FIFO:
         small_fraction: the small queue's share of the resident pages, between 0 and 1.
     """
 
+    comparable: ClassVar[bool] = True
     MOST_USES: ClassVar[int] = 3
     USES_TO_MOVE: ClassVar[int] = 2
 

@@ -187,11 +187,23 @@ class PageTable:
         for page in list(self.staged):
             self.unstage(page)
 
+    def is_like(self, other: PageTable) -> bool:
+        """Whether another table has the same pages in the same slots, none of them staged, under a policy that knows
+        the same: then the same requests make the same of both. For policies that can be compared."""
+        return (
+            not (self.staged or other.staged or self.n_lent or other.n_lent)
+            and (self.first_slot, self.max_resident, self.staging)
+            == (other.first_slot, other.max_resident, other.staging)
+            and self.resident == other.resident
+            and self.policy == other.policy
+        )
+
     def fork(self, first_slot: int) -> PageTable:
         """The same resident pages in the slots from `first_slot` on, under a policy that knows what this one knows.
         Staged pages are left out: their copies are on the way to this table's slots."""
         other = PageTable(self.max_resident, self.staging, copy.deepcopy(self.policy), first_slot)
         shift = first_slot - self.first_slot
+        other.n_changes = self.n_changes
         other.resident = {page: slot + shift for page, slot in self.resident.items()}
         taken = set(other.resident.values())
         other.free_slots = [slot for slot in other.free_slots if slot not in taken]

@@ -8,11 +8,9 @@ How a decode step of a layer goes:
     3. `PagedSequence.resolve` starts copies for those that are not on the device, and gives the pages in waves;
     4. each wave is attended in parts, merged by log-sum-exp, which is exact (see pool_reads.py, paged_attention.py).
 
-A step that finds everything where the step before left it does 1 and 4 alone (see standing_step.py).
-
-A prompt goes the same way in chunks: a chunk attends to all earlier pages in waves, to itself causally, and is then
-written into pages. So prefill is exact as well, whatever the selector, and its pages may exceed the device. The same
-holds for any forward pass of several tokens, such as the checking of an assistant's draft.
+A step that finds all where the step before left it does 1 and 4 alone (standing_step.py). A prompt goes the same way in
+chunks: each attends to all earlier pages in waves, to itself causally, and is then written into pages. So prefill is
+exact as well, whatever the selector, and its pages may exceed the device; like any forward pass of several tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from cache_settings import Paging
 from decode_attention import DecodeAttention
 from hf_attention import CannotPage
 from layer_pages import LayerPages
+from lockstep import Lockstep
 from padding import Padding, kept_of
 from page_selection import choose_on_device, choose_pages
 from page_store import Transport
@@ -68,6 +67,7 @@ class ServesLayers(Protocol):
     """What a layer needs of the cache it belongs to."""
 
     recorder: Recorder
+    lockstep: Lockstep | None
     phase: str
     torn: bool
     watches_attention: bool  # whether `attended` is to be called
@@ -99,8 +99,7 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, layer_idx: int, paging: Paging, cache: ServesLayers):
         super().__init__()
         self.layer_idx, self.paging = layer_idx, paging
-        # A cache owns its layers. Were it owned by them too, a dropped cache would hold its pools until the next
-        # garbage collection, and the next run would be measured with them.
+        # Were the cache owned by its layers too, its pools would outlive it until the next garbage collection.
         self.cache = weakref.proxy(cache)
         selects = paging.selects and layer_idx >= paging.dense_layers
         self.selector = SELECTORS.create(paging.selector) if selects else None
@@ -148,6 +147,7 @@ class PagedLayer(CacheLayerMixin):
             device,
             selector=self.selector,
             max_tokens=max_tokens,
+            lockstep=self.cache.lockstep,
         )
         self.is_initialized = True
 
@@ -336,7 +336,8 @@ class PagedLayer(CacheLayerMixin):
         pages, heads = range(sequence.n_pages), None
         pinned = sequence.pinned_pages()
         n_attended = self.paging.n_attended(len(pages))
-        if self.selector and query is not None and self.cache.phase == "decode" and n_attended < len(pages):
+        decodes = query is not None and self.cache.phase == "decode"
+        if self.selector and decodes and n_attended < len(pages):
             started = self.clock.now()
             grouped = group_heads(query[None], self.pages.kind[1])[0] * rule.scale  # [K, G, D]
             if self.paging.page_table == "device":
@@ -346,8 +347,7 @@ class PagedLayer(CacheLayerMixin):
             pages, heads = choice.pages, choice.heads
             self.cache.recorder.spent(self.layer_idx, "select", self.clock.since(started))
         look_ahead = partial(self._look_ahead, sequence) if self.cache.looks_ahead else None
-        may_skip = query is not None and self.cache.phase == "decode"
-        return PageReading(sequence.resolve(pages, pinned, look_ahead, may_skip), heads)
+        return PageReading(sequence.resolve(pages, pinned, look_ahead, decodes), heads)
 
     def _ask_device(self, sequence: PagedSequence, scores: torch.Tensor, n_attended: int, started: Any) -> PageReading:
         """Choose pages and have them come without the host's knowing which; see device_page_table.py."""

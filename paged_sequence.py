@@ -19,7 +19,7 @@ import torch
 
 from cache_settings import Paging
 from device_page_table import DeviceReads
-from page_selection import UNRANKABLE
+from lockstep import Lockstep
 from page_store import PageStore, Ticket
 from page_table import PageTable
 from pool_reads import Stretch
@@ -38,6 +38,7 @@ class PagedSequence:
         store: the layer's store, shared by the sequences of a batch.
         recorder: counts for the whole cache.
         layer_idx: for the record.
+        alike: the layers that ask alike; None where this one goes its own way.
 
     Attributes:
         n_tokens: positions stored; padding is not.
@@ -46,9 +47,12 @@ class PagedSequence:
         count: adds to the record, as `Recorder.count` for this layer.
         arriving: the copies of staged pages that no request has taken up yet: pages copied ahead, and pages that a step
             did without (`_demanded`). They stay until they are asked for, or their slot is needed.
+        shares_table: whether other layers hold the page table as well, so that it may not be changed.
     """
 
-    def __init__(self, lane: int, paging: Paging, store: PageStore, recorder: Recorder, layer_idx: int):
+    def __init__(
+        self, lane: int, paging: Paging, store: PageStore, recorder: Recorder, layer_idx: int, alike: Lockstep | None
+    ):
         self.lane, self.paging, self.store, self.recorder, self.layer_idx = lane, paging, store, recorder, layer_idx
         self.count = partial(recorder.count, layer_idx)
         policy = POLICIES.create(paging.policy)
@@ -66,6 +70,9 @@ class PagedSequence:
         self._standing: StandingAnswer | None = None
         self._pinned: tuple[int, set[int]] = (0, set())
         self._on_device: DeviceReads | None = None
+        self.shares_table = False
+        is_alike = self._as_set and paging.on_miss == "wait" and vars(type(policy)).get("comparable", False)
+        self._alike = alike if is_alike else None
 
     @property
     def n_pages(self) -> int:
@@ -115,8 +122,15 @@ class PagedSequence:
             if offset + count == size:
                 self._seal(slot)
 
+    def own_table(self) -> PageTable:
+        """The page table, to be changed: a copy of it, if other layers hold it too."""
+        if self.shares_table:
+            self.table, self.shares_table = self.table.fork(self.table.first_slot), False
+        return self.table
+
     def _open(self, page: int) -> int:
         """A slot for a page that does not exist yet, by eviction if need be."""
+        self.own_table()
         pinned = self._pinned_of(page + 1)
         if self.paging.on_miss == "skip":
             pinned.add(page - 1)  # its copy to the host has just begun, and a new page would wait until it is done
@@ -139,6 +153,7 @@ class PagedSequence:
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first `n_tokens` stored positions. A page that is then no longer full is open again."""
         self._end_lease()
+        self.own_table()
         kept_sealed, fill = divmod(n_tokens, self.paging.page_size)
         n_pages = kept_sealed + (fill > 0)
         for page in [page for page in self.arriving if page >= n_pages]:
@@ -179,6 +194,7 @@ class PagedSequence:
     def clear(self) -> None:
         """Forget every position."""
         self._end_lease()
+        self.own_table()
         self.drop()
         self.table.clear()
         self.yardstick.clear()
@@ -188,7 +204,7 @@ class PagedSequence:
     def fork(self, lane: int) -> PagedSequence:
         """A copy in another lane, whose slots hold the same bytes already. Sealed pages are shared with it on the host,
         as they never change. What was on its way to this sequence only is not copied."""
-        other = PagedSequence(lane, self.paging, self.store, self.recorder, self.layer_idx)
+        other = PagedSequence(lane, self.paging, self.store, self.recorder, self.layer_idx, self._alike)
         other.table = self.table.fork(other.table.first_slot)
         other.yardstick = self.yardstick.copy()
         other.n_tokens, other.holes, other.host_rows = self.n_tokens, list(self.holes), list(self.host_rows)
@@ -260,7 +276,7 @@ class PagedSequence:
         return True
 
     def resolve(
-        self, wanted: Sequence[int], pinned: set[int], look_ahead: LooksAhead | None, may_skip: bool = False
+        self, wanted: Sequence[int], pinned: set[int], look_ahead: LooksAhead | None, decodes: bool = False
     ) -> Iterable[dict[int, int]]:
         """Ask for pages.
 
@@ -268,7 +284,7 @@ class PagedSequence:
             wanted: page ids, each once.
             pinned: pages that stay resident whatever happens.
             look_ahead: called once, when every wanted page is there or on its way; None if nobody looks ahead.
-            may_skip: whether `on_miss` applies, under which pages that are not there may be left out.
+            decodes: whether for a decode step, to which `on_miss` applies, and which layers may make in lockstep.
 
         Returns:
             Waves of `{page: slot}`, as in `Resolution`.
@@ -286,8 +302,11 @@ class PagedSequence:
         wave = self.table.slots_of_residents(order) if may_be_there else None
         if wave is not None:
             return self._answer_at_once(wave, order, pinned, look_ahead)
-        skips = may_skip and self.paging.on_miss == "skip"
+        skips = decodes and self.paging.on_miss == "skip"
         must_move = 0 if skips else max(0, len(order) - self.table.max_resident)
+        if decodes and self._alike and (waves := self._alike.ask(self, order, pinned, must_move)):
+            return waves
+        self.own_table()
         asked = self.yardstick.asked(order, pinned, as_set)
         if not as_set:
             return self._one_by_one(order, pinned, asked, look_ahead, must_move)
@@ -357,22 +376,9 @@ class PagedSequence:
         stretches, was_there = self._on_device.read(
             chosen, self.host_rows, n_choosable, slots, part_tokens, names_pages
         )
-        counts = partial(self._brought_in, self._on_device, chosen, was_there, ranked, pinned)
+        counts = partial(self._on_device.counts, self.yardstick, pinned, chosen, was_there, ranked)
         self.recorder.count_later(self.layer_idx, counts, len(chosen))
         return stretches
-
-    def _brought_in(
-        self, by: DeviceReads, chosen: torch.Tensor, was_there: torch.Tensor, ranked: torch.Tensor, pinned: set[int]
-    ) -> dict[str, int]:
-        """The counts of a request, once the device has served it."""
-        if not ranked:
-            raise ValueError(UNRANKABLE)
-        pages = chosen.tolist()
-        hits = [*pinned, *(page for page, there in zip(pages, was_there.tolist(), strict=True) if there)]
-        n_missed = len(pinned) + len(pages) - len(hits)
-        counts = self.yardstick.answer([*sorted(pinned), *pages], pinned, hits)
-        evictions = by.evicted_for(n_missed)
-        return counts | {"hits": len(hits), "misses": n_missed, "h2d_pages": n_missed, "evictions": evictions}
 
     def _end_lease(self) -> None:
         """The host's table serves all pages again."""

@@ -178,9 +178,10 @@ class Resolution:
         return self._request
 
     def _next_arrivals(self) -> list[int]:
-        """Wait for the oldest copy, and take along those that have arrived with it."""
+        """Wait for the oldest copy, and take along those that have arrived with it; but while pages are missing, the
+        sooner a wave has been attended, the sooner there is room for them."""
         pages: list[int] = []
-        while not pages or (self.under_way and self.under_way[0][0].done()):
+        while not pages or (self.under_way and not self.missing and self.under_way[0][0].done()):
             ticket, arrived, *n_early = self.under_way.popleft()
             self.sequence.recorder.waited(self.sequence.layer_idx, ticket.wait(), *n_early)
             pages += arrived

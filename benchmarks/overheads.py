@@ -23,6 +23,7 @@ from typing import Any
 
 from contest import benchmark_parser, in_turn, interval, loaded, publish, show, show_targets, summary, target
 from contexts import Decoder, paged, pages_of, read_context
+from lockstep import FirstRequest, RepeatedRequest
 from models import LoadedModel
 from page_store import PageStore, _StreamTicket, _ThreadTicket
 from page_table import PageTable
@@ -39,8 +40,10 @@ COMMANDS = {
 }
 # Bookkeeping, and what it calls that is none.
 BOOKKEEPING = (
-    (PagedSequence, ("resolve", "ask_again", "pinned_pages")),
+    (PagedSequence, ("resolve", "ask_again", "pinned_pages", "own_table")),
     (Resolution, ("_next_arrivals", "_release")),
+    (FirstRequest, ("_fetch_missing",)),
+    (RepeatedRequest, ("_next_arrivals", "_release")),
     (PageTable, ("open",)),
     (Yardstick, ("opened",)),
     (Recorder, ("count", "count_later", "spent", "waited", "begin_step")),

@@ -82,7 +82,7 @@ class Pages:
         self.transport, self.recorder = HeldTransport(), Recorder()
         shape = (PAGE_SIZE, 2, 1, 1)
         self.store = PageStore(self.paging.slots, shape, torch.float32, torch.device("cpu"), self.transport)
-        self.sequence = PagedSequence(0, self.paging, self.store, self.recorder, 0)
+        self.sequence = PagedSequence(0, self.paging, self.store, self.recorder, 0, None)
         self.recorder.begin_step("prefill")
         self.append(n_pages * PAGE_SIZE + 1)
         self.recorder.begin_step("decode")

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import CONFIGS, continue_prompt, make_model, make_prompt
+from tiny_models import CONFIGS, continue_prompt, logits_and_counts, make_model, make_prompt
 
 import paged_layer
 import pool_reads
@@ -17,7 +17,7 @@ from predictive_prefetch import PrefetchingKVCache
 from standing_step import StandingStep
 
 ROOMY = {"page_size": 16, "max_gpu_pages": 20, "staging_pages": 2, "link": "memory"}
-N_PROMPT, N_NEW, N_LAYERS = 90, 60, 2
+N_PROMPT, N_NEW, N_LAYERS = 90, 60, 2  # as `logits_and_counts` has them
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +41,6 @@ def repeats(monkeypatch):
     Counted.times = 0
     monkeypatch.setattr(paged_layer, "StandingStep", Counted)
     return lambda: Counted.times
-
-
-def logits_and_counts(model, cache, n_prompt=N_PROMPT, n_new=N_NEW, change=None):
-    """The logits of every step, and what was counted but for times; `change` is done to the cache midway."""
-    ids, logits = make_prompt(n_prompt).ids, []
-    cache.prompt_tokens = n_prompt
-    with cache.attached(model), torch.inference_mode():
-        out = model(ids, past_key_values=cache).logits[:, -1:]
-        for step in range(n_new):
-            if change is not None and step == n_new // 2:
-                change(cache)
-            out = model(out.argmax(-1), past_key_values=cache).logits
-            logits.append(out)
-    counts = [
-        {name: value for name, value in one.items() if not name.endswith("_ms")} for one in cache.recorder.step_dicts()
-    ]
-    return torch.cat(logits), counts, cache.recorder.request_dicts()
 
 
 def asking_anew(monkeypatch):

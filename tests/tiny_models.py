@@ -208,3 +208,20 @@ def continue_prompt(model: Any, prompt: Prompt, new_tokens: int = 24, **options:
         max_new_tokens=new_tokens,
         **{"do_sample": False, "pad_token_id": 0, **options},
     )
+
+
+def logits_and_counts(model, cache, n_prompt=90, n_new=60, change=None, batch=1):
+    """The logits of every step, and what was counted but for times; `change` is done to the cache midway."""
+    ids, logits = make_prompt(n_prompt, batch).ids, []
+    cache.prompt_tokens = n_prompt
+    with cache.attached(model), torch.inference_mode():
+        out = model(ids, past_key_values=cache).logits[:, -1:]
+        for step in range(n_new):
+            if change is not None and step == n_new // 2:
+                change(cache)
+            out = model(out.argmax(-1), past_key_values=cache).logits
+            logits.append(out)
+    counts = [
+        {name: value for name, value in one.items() if not name.endswith("_ms")} for one in cache.recorder.step_dicts()
+    ]
+    return torch.cat(logits), counts, cache.recorder.request_dicts()
