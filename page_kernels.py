@@ -12,6 +12,7 @@ the environment variable TRITON_INTERPRET=1, set before this module is imported,
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -118,22 +119,28 @@ def look_up(
     padded_slots = triton.next_power_of_2(n_slots)
     order, slots = torch.empty_like(page_in), torch.empty_like(wanted)
     was_there = torch.empty(n_wanted, dtype=torch.int8, device=wanted.device)
-    _look_up[(1,)](
-        wanted,
-        slot_of,
-        page_in,
-        used_at,
-        order,
-        slots,
-        was_there,
-        now,
-        n_wanted,
-        n_slots,
-        WANTED=triton.next_power_of_2(n_wanted),
-        SLOTS=padded_slots,
-        CHUNK=chunk_of(padded_slots),
-    )
+    with _on_device_of(page_in):
+        _look_up[(1,)](
+            wanted,
+            slot_of,
+            page_in,
+            used_at,
+            order,
+            slots,
+            was_there,
+            now,
+            n_wanted,
+            n_slots,
+            WANTED=triton.next_power_of_2(n_wanted),
+            SLOTS=padded_slots,
+            CHUNK=chunk_of(padded_slots),
+        )
     return slots, was_there
+
+
+def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def chunk_of(n_slots: int) -> int:
@@ -154,18 +161,19 @@ def gather(
     n_wanted, words = wanted.numel(), pool.view(torch.int32)
     n_words = words[0].numel()
     block = torch.empty((n_wanted + known.numel(), *pool.shape[1:]), dtype=pool.dtype, device=pool.device)
-    _gather[(block.shape[0], triton.cdiv(n_words, WORDS_AT_ONCE))](
-        block.view(torch.int32),
-        words,
-        places,
-        slots,
-        was_there,
-        wanted,
-        address_of,
-        known,
-        n_wanted,
-        n_words,
-        WORDS=WORDS_AT_ONCE,
-        ALIGNED=math.gcd(WIDEST_LOAD, pool[0].nbytes),  # host pages lie one after the other
-    )
+    with _on_device_of(pool):
+        _gather[(block.shape[0], triton.cdiv(n_words, WORDS_AT_ONCE))](
+            block.view(torch.int32),
+            words,
+            places,
+            slots,
+            was_there,
+            wanted,
+            address_of,
+            known,
+            n_wanted,
+            n_words,
+            WORDS=WORDS_AT_ONCE,
+            ALIGNED=math.gcd(WIDEST_LOAD, pool[0].nbytes),  # host pages lie one after the other
+        )
     return block
