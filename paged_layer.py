@@ -185,8 +185,8 @@ class PagedLayer(CacheLayerMixin):
         """Remove the last `-tokens_to_remove` positions; the count is negative, as in transformers."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of positions to remove, not {tokens_to_remove}")
-        self._forget_reads()
         if tokens_to_remove < 0 and self.n_tokens:
+            self._forget_reads()
             self.pages.truncate(max(0, self.n_tokens + tokens_to_remove))
 
     @property
