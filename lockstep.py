@@ -145,7 +145,7 @@ class Lockstep:
         if made.before is not sequence.table and not made.before.is_like(sequence.table):
             return None
         sequence.table, sequence.shares_table = made.after, True
-        sequence.yardstick.asked(wanted, pinned, resident_first=True, hits=[*made.ready])
+        sequence.yardstick.asked(wanted, pinned, resident_first=True, hits=made.ready)
         return RepeatedRequest(sequence, made)
 
     def _first(

@@ -28,7 +28,7 @@ class Asked:
         self,
         request: tuple[Sequence[int], Collection[int], bool],
         shadows: tuple[ShadowLRU, ShadowLRU],
-        hits: Sequence[int] = (),
+        hits: Collection[int] = (),
     ):
         self._request, self._shadows, self._hits = request, shadows, hits
         self._held: set[int] | None = None  # by plain LRU, once it has been asked
@@ -77,7 +77,7 @@ class Yardstick:
         self._recorder.count_later(self._layer_idx, partial(self._insert, page, pinned), 1)
 
     def asked(
-        self, pages: Sequence[int], pinned: Collection[int], resident_first: bool, hits: Sequence[int] = ()
+        self, pages: Sequence[int], pinned: Collection[int], resident_first: bool, hits: Collection[int] = ()
     ) -> Asked:
         """A request; see `Asked`."""
         asked = Asked((pages, pinned, resident_first), self._shadows, hits)
