@@ -245,8 +245,10 @@ class PagedSequence:
             rank = {page: place for place, page in enumerate(dict.fromkeys(ranking))}
             kept = {*kept, *self.pinned_pages()}
             for page in pages[len(slots) :]:
-                gave_up = self._give_up_less_wanted(page, rank, kept)
-                if not gave_up and not (may_evict and self._evict_for_prefetch(kept.union(rank))):
+                # What is not guessed goes first, and a guess is given up for none that is worse.
+                freed = self._give_up_behind(len(rank) - 1, rank, kept)
+                freed = freed or (may_evict and self._evict_for_prefetch(kept.union(rank)))
+                if not (freed or self._give_up_behind(rank[page], rank, kept)):
                     break
                 slots += self.table.stage_free((page,))
         chosen = pages[: len(slots)]
@@ -255,15 +257,12 @@ class PagedSequence:
             self.arriving.update(dict.fromkeys(chosen, ticket))
             self._evicted_for_prefetch.difference_update(chosen)
 
-    def _give_up_less_wanted(self, page: int, rank: Mapping[int, int], kept: Collection[int]) -> bool:
-        """Free the slot of the page in `arriving` that ranks last, if that is behind this one; whether one was. Those
+    def _give_up_behind(self, place: int, rank: Mapping[int, int], kept: Collection[int]) -> bool:
+        """Free the slot of the page in `arriving` that ranks last, if that is behind this place; whether one was. Those
         that are not ranked come last, all alike."""
-
-        def place(one: int) -> int:
-            return rank.get(one, len(rank))
-
-        least = max(self._spare(kept, only_arrived=self.paging.on_miss == "skip"), key=place, default=None)
-        if least is None or place(least) <= place(page):
+        unranked, spare = len(rank), self._spare(kept, only_arrived=self.paging.on_miss == "skip")
+        least = max(spare, key=lambda page: rank.get(page, unranked), default=None)
+        if least is None or rank.get(least, unranked) <= place:
             return False
         self._give_up(least)
         return True

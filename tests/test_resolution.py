@@ -416,6 +416,17 @@ def test_a_page_that_was_skipped_and_is_never_asked_for_again_is_no_waste_of_a_p
     pages.require_whole_books()
 
 
+def test_a_page_copied_ahead_and_guessed_still_does_not_go_for_one_that_is_guessed_less():
+    pages = Pages(0, max_gpu_pages=3, staging_pages=1, recent_pages=1)
+    pages.append(16)
+    last = pages.sequence.n_pages - 1
+    assert set(pages.table.resident) == {0, last - 1, last}
+    pages.sequence.prefetch([5], [5])
+    pages.sequence.prefetch([1, 6], [1, 5, 6], may_evict=True)  # 1 takes the slot of a page not guessed, and 6 none
+    assert set(pages.table.staged) == {5, 1}
+    assert set(pages.table.resident) == {0, last}
+
+
 # --- anything, in any order -------------------------------------------------------------------------------------------
 
 
