@@ -35,6 +35,19 @@ ZEROS_WRITTEN = 2**20  # bytes at a time, where that is how space on disk is res
 log = logging.getLogger(__name__)
 
 
+def pinned_lengths(n_rows: int, page_bytes: int) -> list[int]:
+    """How many rows each allocation of pinned memory gets. PyTorch rounds each up to a power of two of bytes, which can
+    be twice what was asked for: so there are several, and an eighth of each at most is lost, or a page."""
+    lengths = []
+    while n_rows:
+        n_bytes = n_rows * page_bytes
+        below = 1 << (n_bytes.bit_length() - 1)
+        nearly_full = n_bytes in (below, page_bytes) or 2 * below - n_bytes <= n_bytes // 8
+        lengths.append(n_rows if nearly_full else max(1, below // page_bytes))
+        n_rows -= lengths[-1]
+    return lengths
+
+
 class DiskTierFailed(OSError):
     """The file for pages on disk could not be made: no space, no such folder, no permission."""
 
@@ -98,11 +111,13 @@ class HostPages:
         """
         for end, allocate in ((self._in_memory(n_rows), self._memory_segment), (n_rows, self._disk_segment)):
             first = self.n_rows
-            if end > first:
+            n_new = max(0, end - first)
+            pins = self.is_pinned and allocate == self._memory_segment
+            for length in pinned_lengths(n_new, self.page_bytes) if pins else [n_new] * (n_new > 0):
                 with torch.inference_mode(False):  # else who is not in inference mode could not write to it
-                    self._segments.append(allocate(end - first))
-                self._segment_ends.append(end)
-                self._free.extend(range(first, end))  # larger than all before, so it is a heap still
+                    self._segments.append(allocate(length))
+                self._free.extend(range(self.n_rows, self.n_rows + length))  # larger than all before: a heap still
+                self._segment_ends.append(self.n_rows + length)
 
     def take(self) -> int:
         """A free row, with one reference: the lowest, so that pages sealed one after the other lie side by side, and

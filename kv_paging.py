@@ -322,6 +322,8 @@ class PagedKVCache(Cache):
     def figures(self, timing: Timing) -> dict[str, Any]:
         """The result blocks `cache` and `steps` of a generation that took `timing`."""
         transfer_ms = sum(transport.busy_ms() for transport in self._transports.values())
+        if self.paging.page_table == "device":  # kernels bring pages in as they compute: no transport knows how long
+            transfer_ms = None
         self._settle()
         pages = self.paged_layers[0].pages
         link = asdict(pages.store.transport.link)

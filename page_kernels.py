@@ -24,7 +24,7 @@ AT_ONCE = 64  # most slots that are compared with all others at a time
 MOST_PAIRS = 2**14  # compared at a time, all in the registers of one program
 
 
-@triton.jit(do_not_specialize=["now"])
+@triton.jit(do_not_specialize=["now", "n_wanted", "n_slots"])  # else it is compiled anew as pages become more
 def _look_up(
     wanted_ptr,
     slot_of_ptr,
@@ -76,7 +76,7 @@ def _look_up(
     tl.store(was_there_ptr + place, there.to(tl.int8), mask=is_wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_wanted"])
 def _gather(
     block_ptr,
     pool_ptr,
@@ -131,7 +131,7 @@ def look_up(
             now,
             n_wanted,
             n_slots,
-            WANTED=triton.next_power_of_2(n_wanted),
+            WANTED=padded_slots,  # no fewer than are wanted, and the same in every step
             SLOTS=padded_slots,
             CHUNK=chunk_of(padded_slots),
         )

@@ -79,9 +79,10 @@ class Yardstick:
     def asked(
         self, pages: Sequence[int], pinned: Collection[int], resident_first: bool, hits: Collection[int] = ()
     ) -> Asked:
-        """A request; see `Asked`."""
+        """A request; see `Asked`. Where its hits are known, a range of pages takes no memory until it is counted."""
+        n_kept = 0 if hits and isinstance(pages, range) else len(pages)
         asked = Asked((pages, pinned, resident_first), self._shadows, hits)
-        self._recorder.count_later(self._layer_idx, asked.answer, len(pages))
+        self._recorder.count_later(self._layer_idx, asked.answer, n_kept)
         return asked
 
     def answer(self, pages: Sequence[int], pinned: Collection[int], hits: Sequence[int]) -> dict[str, int]:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import host_pages
-from host_pages import HOST_ROWS_ADDED, DiskTierFailed, HostPages
+from host_pages import HOST_ROWS_ADDED, DiskTierFailed, HostPages, pinned_lengths
 from utils import is_out_of_memory
 
 PAGE_SHAPE = (2, 2, 4, 8)  # keys and values, K, P, D
@@ -355,3 +355,13 @@ def test_on_cuda_rows_in_memory_are_pinned_and_rows_on_disk_are_not(tmp_path):
     taken(pages, 4)
     assert [pages.page(row).is_pinned() for row in range(4)] == [True, True, False, False]
     assert pages.is_pinned
+
+
+@given(st.integers(0, 5000), st.integers(1, 2**20))
+def test_pinned_memory_is_asked_for_in_sizes_that_pytorch_hardly_rounds_up(n_rows, page_bytes):
+    lengths = pinned_lengths(n_rows, page_bytes)
+    assert sum(lengths) == n_rows and all(length > 0 for length in lengths)
+    for length in lengths:
+        n_bytes = length * page_bytes
+        lost = (1 << (n_bytes - 1).bit_length()) - n_bytes
+        assert lost <= n_bytes // 8 or lost < page_bytes
