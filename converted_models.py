@@ -182,6 +182,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _silence_progress()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     marked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     dtype = torch.float32 if marked.num_parameters() <= EXACT_UP_TO_PARAMETERS else torch.float16
@@ -195,6 +196,15 @@ def dequantise(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     set_compute_dtype(folder / "config.json", GGUF_COMPUTE_DTYPE)
+
+
+def _silence_progress() -> None:
+    """Silence the one progress bar of transformers that heeds no switch, unless debug logging is on. Here, as importing
+    its module takes a quarter of a second, which nobody has to wait for who reads no GGUF file."""
+    from transformers import modeling_gguf_pytorch_utils
+
+    if not logging.getLogger().isEnabledFor(logging.DEBUG) and hasattr(modeling_gguf_pytorch_utils, "tqdm"):
+        modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items
 
 
 def set_compute_dtype(config_file: Path, dtype_name: str) -> None:

@@ -402,12 +402,9 @@ def quiet_libraries() -> None:
         return
     import huggingface_hub.utils
     import transformers.utils.logging
-    from transformers import modeling_gguf_pytorch_utils
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()
     for name in ("huggingface_hub", "accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if hasattr(modeling_gguf_pytorch_utils, "tqdm"):  # the one bar that heeds no switch
-        modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items
