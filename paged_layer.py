@@ -43,7 +43,7 @@ from paged_attention import (
     ungroup_heads,
 )
 from paged_sequence import PagedSequence
-from pool_reads import PageReading, ReadPlans, Stretch, device_index
+from pool_reads import MOST_PLANS, PageReading, ReadPlans, Stretch, device_index
 from recorder import Recorder
 from registry import SELECTORS
 from stage_clock import StageClock, clock_for
@@ -442,9 +442,9 @@ class PagedLayer(CacheLayerMixin):
 
     def _planned(self, sequence, wave, grouped, part_tokens) -> list[Stretch]:
         pool, size = self.pages.store.pool, self.paging.page_size
-        if self._plans is None or self._plans.pool is not pool:
-            self._plans = ReadPlans(pool)
         open_slot = wave.get(sequence.n_pages - 1) if sequence.n_tokens % size else None
         most = part_tokens // size * max(1, MAX_PARTIAL_ELEMENTS // grouped[0].numel())
+        if self._plans is None or self._plans.pool is not pool:
+            self._plans = ReadPlans(pool, most_kept=MOST_PLANS if self.selector is None else 0)
         self._last_plan = self._plans.plan(wave.values(), open_slot, part_tokens, most)
         return self._last_plan

@@ -16,7 +16,6 @@ attention, are planned once, also where pages come and go between.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -31,10 +30,11 @@ from paged_attention import NEGATIVE_INFINITY, takes_bias
 # model, where nothing is in the processor's caches), and 10 us at 2 TB/s on a GPU (an estimate).
 CALL_BYTES = {"cpu": 2**20, "cuda": 2**24}
 MOST_GATHERED_BYTES = 2**26  # at a time; it comes on top of the budget for the moment
-MOST_PLANS = 32  # kept; where pages are selected, hardly any is wanted again
+MOST_PLANS = 32  # kept
 
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # each [parts, K, S, D]
+Places = torch.Tensor | list[int]  # of pages in a pool: an index, or lengths as of `stretch_lengths`
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Stretch:
     Attributes:
         names: what the pages are called, in the order in which they lie: by their slots in a plan, else by page ids.
         pool: [n, P, 2, K, D], the pages in the pool; or the whole pool, to gather them from.
-        gathered: places in the pool of the pages to gather; None if they are read where they lie.
+        gathered: where in the pool the pages to gather lie, for `gather`; None if they are read where they are.
         part_tokens: positions that a part should have.
         open_at: the place of the open page among them; None if it is not there.
     """
 
     names: Sequence[int]
     pool: torch.Tensor
-    gathered: torch.Tensor | None
+    gathered: Places | None
     part_tokens: int
     open_at: int | None
 
@@ -67,17 +67,15 @@ class Stretch:
             fill: positions of the open page that are written.
         """
         pool, size = self.pool, self.pool.shape[1]
-        if self.open_at is None or (takes_bias(pool.device) and not (self.ends_open and self.gathered is None)):
-            keys, values = self._in_place if self.gathered is None else self._cut(pool.index_select(0, self.gathered))
+        if not self.ends_open or self.gathered is not None:
+            keys, values = self._in_place if self.gathered is None else self._cut(gather(pool, self.gathered))
             bias = None
             if self.open_at is not None:
                 begin, end = self.open_at * size + fill, (self.open_at + 1) * size
                 bias = _bias(keys.shape[0], keys.shape[2], begin, end, keys.dtype, keys.device)
             yield self.names, keys, values, bias
             return
-        whole, (keys, values) = (
-            self.to_its_end if self.gathered is None else self._cut_open(pool.index_select(0, self.gathered))
-        )
+        whole, (keys, values) = self.to_its_end
         n_whole = len(self.names) - keys.shape[2] // size
         if whole is not None:
             yield self.names[:n_whole], *whole, None
@@ -92,13 +90,10 @@ class Stretch:
     def to_its_end(self) -> tuple[KeysValues | None, KeysValues]:
         """Of a stretch in place that ends with the open page: the parts before that page; and that page to its end. One
         longer part is not worth a call of its own: then None, and all positions."""
-        return self._cut_open(self.pool)
-
-    def _cut_open(self, block: torch.Tensor) -> tuple[KeysValues | None, KeysValues]:
-        before, page = block[:-1], block[-1:]
-        n_parts = self._n_parts(len(before), block.shape[1])
-        if n_parts == 0 or (n_parts == 1 and self.part_tokens > block.shape[1]):
-            return None, _keys_values(block.flatten(0, 1).unsqueeze(0))
+        before, page = self.pool[:-1], self.pool[-1:]
+        n_parts = self._n_parts(*before.shape[:2])
+        if n_parts == 0 or (n_parts == 1 and self.part_tokens > page.shape[1]):
+            return None, _keys_values(self.pool.flatten(0, 1).unsqueeze(0))
         return self._cut(before), _keys_values(page)
 
     def _cut(self, block: torch.Tensor) -> KeysValues:
@@ -155,10 +150,11 @@ class ReadPlans:
 
     Args:
         pool: [n_slots, P, 2, K, D].
+        most_kept: plans; 0 where pages are selected, as hardly any are chosen together again.
     """
 
-    def __init__(self, pool: torch.Tensor):
-        self.pool = pool
+    def __init__(self, pool: torch.Tensor, most_kept: int = MOST_PLANS):
+        self.pool, self._most_kept = pool, most_kept
         self._plans: dict[tuple[tuple[int, ...], int | None, int, int], list[Stretch]] = {}
 
     def plan(self, slots: Iterable[int], open_slot: int | None, part_tokens: int, most_pages: int) -> list[Stretch]:
@@ -170,10 +166,12 @@ class ReadPlans:
             part_tokens: positions that a part should have, at least P.
             most_pages: that may be read together, at least 1.
         """
+        if self._most_kept == 0:
+            return plan_reads(self.pool, sorted(slots), open_slot, part_tokens, most_pages)
         wanted = tuple(sorted(slots)), open_slot, part_tokens, most_pages
         plan = self._plans.get(wanted)
         if plan is None:
-            if len(self._plans) == MOST_PLANS:
+            if len(self._plans) == self._most_kept:
                 self._plans.clear()
             plan = self._plans[wanted] = plan_reads(self.pool, *wanted)
         return plan
@@ -183,22 +181,56 @@ def plan_reads(
     pool: torch.Tensor, slots: Sequence[int], open_slot: int | None, part_tokens: int, most_pages: int
 ) -> list[Stretch]:
     """As `ReadPlans.plan`, anew; slots ascending."""
-    runs = _runs(slots, None if takes_bias(pool.device) else open_slot, most_pages)
-    n_gaps = sum(right - left > 1 for left, right in itertools.pairwise(slots))
+    n_gaps = len(slots) - 1 - len({slot + 1 for slot in slots}.intersection(slots))
     if n_gaps * CALL_BYTES.get(pool.device.type, 0) > len(slots) * pool[0].nbytes:
         return _gathered(slots, open_slot, pool, part_tokens, most_pages)
+    runs = _runs(slots, None if takes_bias(pool.device) else open_slot, most_pages)
     return [Stretch(run, pool[run[0] : run[-1] + 1], None, part_tokens, _place(open_slot, run)) for run in runs]
 
 
 def _gathered(slots, open_slot, pool, part_tokens, most_pages) -> list[Stretch]:
-    """The open page comes last."""
-    slots = sorted(slots, key=lambda slot: (slot == open_slot, slot))
+    """The open page comes last; by itself, where the kernel cannot leave out what is not written of it."""
+    last = [open_slot] if open_slot in slots else []
+    others = [slot for slot in slots if slot != open_slot]
+    alone = [] if takes_bias(pool.device) else last
     at_once = max(1, min(most_pages, MOST_GATHERED_BYTES // pool[0].nbytes))
+    gathered = others if alone else others + last
     stretches = []
-    for start in range(0, len(slots), at_once):
-        some = slots[start : start + at_once]
-        stretches.append(Stretch(some, pool, device_index(some, pool.device), part_tokens, _place(open_slot, some)))
+    for start in range(0, len(gathered), at_once):
+        some = gathered[start : start + at_once]
+        stretches.append(Stretch(some, pool, places_in(pool, some), part_tokens, _place(open_slot, some)))
+    stretches += [Stretch([slot], pool[slot : slot + 1], None, part_tokens, 0) for slot in alone]
     return stretches
+
+
+def places_in(pool: torch.Tensor, slots: Sequence[int]) -> Places:
+    """Where pages lie, as the pool's device is best told. A CPU copies fastest by an index. CUDA would have to be sent
+    one, which may wait behind the pages that are on their way; lengths go along with the kernel that copies.
+
+    Args:
+        slots: each once; ascending on CUDA.
+    """
+    if pool.device.type != "cuda":
+        return device_index(slots, pool.device)
+    return stretch_lengths(slots, len(pool))
+
+
+def stretch_lengths(slots: Sequence[int], n_slots: int) -> list[int]:
+    """How long the stretches are in which ascending slots lie, out of `n_slots`: by turns of others and of these, the
+    first and the last of others, if only of none."""
+    lengths, end = [], 0
+    for run in _runs(slots, None, n_slots):
+        lengths += [run[0] - end, len(run)]
+        end = run[-1] + 1
+    return [*lengths, n_slots - end]
+
+
+def gather(pool: torch.Tensor, places: Places) -> torch.Tensor:
+    """The pages [n, P, 2, K, D] at these places of the pool, side by side."""
+    if isinstance(places, torch.Tensor):
+        return pool.index_select(0, places)
+    rows = pool.flatten(1)  # of few dimensions, as only then one kernel copies many stretches
+    return torch.cat(rows.split(places)[1::2]).view(-1, *pool.shape[1:])
 
 
 def _place(open_slot: int | None, slots: list[int]) -> int | None:

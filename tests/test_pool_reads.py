@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pool_reads
 from paged_attention import attend_parts, merged_output, plain_attention_with_lse, side_by_side
-from pool_reads import ReadPlans, n_equal_parts, plan_reads
+from pool_reads import ReadPlans, n_equal_parts, plan_reads, stretch_lengths
 
 K, D = 2, 8
 
@@ -32,18 +33,26 @@ def plan(wave, open_page, pool, per_part, most=10**6):
 
 
 @settings(max_examples=300)
-@given(case=waves(), per_part=st.integers(1, 5), most=st.integers(1, 12), call_bytes=st.sampled_from([0, 200, 10**9]))
-def test_every_written_position_is_read_once_and_is_that_of_its_page(case, per_part, most, call_bytes):
+@given(
+    case=waves(),
+    per_part=st.integers(1, 5),
+    most=st.integers(1, 12),
+    call_bytes=st.sampled_from([0, 200, 10**9]),
+    like_cuda=st.booleans(),
+)
+def test_every_written_position_is_read_once_and_is_that_of_its_page(case, per_part, most, call_bytes, like_cuda):
     size, n_slots, wave, open_page, fill = case
     pool = torch.arange(n_slots * size * 2 * K * D, dtype=torch.float32).reshape(n_slots, size, 2, K, D)
-    before, pool_reads.CALL_BYTES = pool_reads.CALL_BYTES, {"cpu": call_bytes}
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pool_reads, "CALL_BYTES", {"cpu": call_bytes})
+        if like_cuda:  # whose kernel takes no bias, and which is sent no index
+            patched.setattr(pool_reads, "takes_bias", lambda device: False)
+            patched.setattr(pool_reads, "places_in", lambda pool, slots: stretch_lengths(slots, len(pool)))
         made = plan(wave, open_page, pool, per_part, most)
-    finally:
-        pool_reads.CALL_BYTES = before
     read, page_in = {}, {slot: page for page, slot in wave.items()}
     for stretch in made:
         for slots, keys, values, bias in stretch.parts(fill):
+            assert bias is None or not like_cuda
             pages = [page_in[slot] for slot in slots]
             assert len(pages) <= most
             assert per_part > 1 or keys.shape[0] == len(pages)
