@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--memory-budget-mb is for --find-max-context")
     if arguments.prompts and arguments.find_max_context:
         parser.error("--find-max-context makes its own prompts; leave out --prompts")
+    if arguments.prompts and arguments.context_length is not None:
+        parser.error("--context-length is for prompts that are made, and --prompts gives texts; leave out one")
     configure_logging(arguments.verbose)
     return guarded(lambda: _main(arguments))
 

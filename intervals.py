@@ -69,4 +69,5 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     """The proportions p from which a share of n is at most `Z_95` standard deviations sqrt(p (1 - p) / n) away."""
     centre = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
     reach = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2)) / (1 + Z_95**2 / n)
-    return max(centre - reach, 0.0), min(centre + reach, 1.0)
+    low, high = max(centre - reach, 0.0), min(centre + reach, 1.0)
+    return (0.0 if share == 0 else low), (1.0 if share == 1 else high)  # which rounding misses

@@ -149,7 +149,9 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return WRONG_CONFIG
     except OSError as error:
-        print(f"--output {arguments.output}: {error.strerror}", file=sys.stderr)
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "is a file, or lies in one; name a folder" if is_file else error.strerror
+        print(f"--output {arguments.output}: {reason}", file=sys.stderr)
         return WRONG_CONFIG
     for note in dict.fromkeys(f"{p.spec.model_name}: {note}" for p in planned for note in p.notes):
         logging.getLogger(__name__).warning(note)
@@ -168,7 +170,8 @@ def run(planned: Sequence[PlannedRun], arguments: argparse.Namespace) -> int:
         sweep.run()
     blocks = [result.to_dict() for result in sweep.results]
     counts = {"planned": len(planned), "interrupted": sweep.interrupted, "reused": sweep.n_reused}
-    publish(blocks, arguments.output, sweep.seconds, _stdout(), plot_formats_of(arguments), **counts)
+    formats = plot_formats_of(arguments)
+    publish(blocks, arguments.output, _stdout(), formats, duration_seconds=sweep.seconds, **counts)
     trackers.finish(sweep.results, arguments.output)
     return INTERRUPTED if sweep.interrupted else OK if whole(blocks) else FAILED
 

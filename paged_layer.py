@@ -339,7 +339,7 @@ class PagedLayer(CacheLayerMixin):
         decodes = query is not None and self.cache.phase == "decode"
         if self.selector and decodes and n_attended < len(pages):
             started = self.clock.now()
-            grouped = group_heads(query[None], self.pages.kind[1])[0] * rule.scale  # [K, G, D]
+            grouped = query.reshape(self.pages.kind[1], -1, query.shape[-1]) * rule.scale  # [K, G, D]
             if self.paging.page_table == "device":
                 return self._ask_device(sequence, self.pages.scores(sequence.lane, grouped), n_attended, started)
             per_head = self.paging.granularity == "kv_head"

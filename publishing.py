@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from exports import write_exports
 from plot_list import save_all_plots
+from report_facts import earlier_counts
 from report_html import write_report
 from reporting import load_results, print_tables, task_scores, to_frame, write_summary
 from result_frame import Result, number_at, text_at
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 def publish(
     blocks: Sequence[Result],
     folder: Path,
-    seconds: float,
     console: Console,
     plot_formats: Sequence[str],
     **counts: Any,
@@ -37,11 +37,10 @@ def publish(
     Args:
         blocks: results, as their files hold them.
         folder: where to.
-        seconds: what making them took.
         plot_formats: of `plots.FORMATS`; none for no plots, in the report neither.
         **counts: as for `reporting.write_summary`.
     """
-    summary = write_summary(folder, seconds, blocks, **counts)
+    summary = write_summary(folder, results=blocks, **counts)
     frame = to_frame(blocks)
     print_tables(frame, console, task_scores(blocks))
     if plot_formats:
@@ -70,5 +69,6 @@ def publish_folder(folder: Path, console: Console, plot_formats: Sequence[str]) 
     if not blocks:
         raise ValueError(f"{folder}: there are no results; name a folder that a run has written to")
     seconds = sum(number_at(block, "duration_seconds") or 0.0 for block in blocks)
-    publish(blocks, folder, seconds, console, plot_formats, reused=len(blocks), problems=problems)
+    counts = {"duration_seconds": seconds, "reused": len(blocks)} | earlier_counts(folder, len(blocks))
+    publish(blocks, folder, console, plot_formats, problems=problems, **counts)
     return whole(blocks) and not problems

@@ -360,6 +360,7 @@ def _comparison_figures(comparison: Comparison) -> dict[str, Any]:
 
 
 NO_REPETITIONS = "no context has two successful repetitions, which a spread needs"
+ONLY_PAGED = ("cache", "stall", "host_kv", "floor", "lru", "transfer", "select", "skipped")  # in keys of paged modes
 NO_PAIR = "no repetition succeeded on both sides with a latency"
 FEW_PAIRS = "a cell has fewer than two pairs, which an interval needs"
 
@@ -402,7 +403,7 @@ def _why_null(mode: str, key: str, successful_runs: int) -> str:
         return "the baseline reads all of its cache"
     if AVERAGES.get(key) in FIDELITY:
         return "no run's fidelity was measured, which a quality block asks for"
-    if mode == "baseline" and any(word in key for word in ("cache", "stall", "host_kv", "floor")):
+    if mode == "baseline" and any(word in key for word in ONLY_PAGED):
         return "the baseline does not page its cache"
     if mode != "predictive" and any(word in key for word in ("predict", "prefetch")):
         return f"{mode} runs do not prefetch"
@@ -410,7 +411,7 @@ def _why_null(mode: str, key: str, successful_runs: int) -> str:
         return "no run recorded GPU memory, which needs a CUDA device"
     if "power" in key or "energy" in key:
         return "no run recorded power, which needs a GPU that NVML can read"
-    return "no run has a value for it"
+    return f"no {mode} run has a value for it"
 
 
 def _why_not_compared(mode: str, cells: int, reactive_references: Sequence[str]) -> str:

@@ -599,6 +599,13 @@ def test_on_a_cpu_the_search_for_the_longest_context_asks_for_a_budget(capsys):
     assert "--memory-budget-mb" in capsys.readouterr().err
 
 
+def test_a_length_for_prompts_that_are_given_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        component("baseline", *LLAMA, "--prompts", "hi", "--context-length", 50)
+    assert ended.value.code == 2
+    assert "--context-length is for prompts that are made" in capsys.readouterr().err
+
+
 # --- the configs that come with the project -----------------------------------------------------------------
 
 

@@ -27,6 +27,11 @@ def test_wilsons_interval_holds_the_truth_about_95_times_in_100(proportion):
     assert 0.93 <= np.mean(held) <= 0.98  # a binomial takes steps, so not exactly 0.95
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 40])
+def test_nothing_right_and_nothing_wrong_end_wilsons_interval_at_0_and_1(n):
+    assert (wilson(0.0, n)[0], wilson(1.0, n)[1]) == (0.0, 1.0)
+
+
 def test_right_or_wrong_scores_have_wilsons_interval():
     # 8 of 8: the lower limit is n / (n + z ** 2) = 8 / (8 + 3.8415)
     result = score_with_interval([1.0] * 8)

@@ -205,6 +205,14 @@ def test_every_null_average_has_its_reason():
             assert f"mode_summaries.{mode}.{key}" in summary["not_measured"]
 
 
+def test_no_reason_denies_what_another_mode_has_measured():
+    reasons = reporting.summarise(make_sweep())["not_measured"]
+    of_baseline = {key: why for key, why in reasons.items() if key.startswith("mode_summaries.baseline.average_")}
+    for figure in ("shadow_lru_hit_rate", "gain_over_lru", "select_percent", "skipped_rate", "hidden_transfer_share"):
+        assert of_baseline[f"mode_summaries.baseline.average_{figure}"] == "the baseline does not page its cache"
+    assert not [why for why in of_baseline.values() if why.startswith("no run has")]
+
+
 def test_every_null_spread_has_its_reason():
     not_measured = reporting.summarise([make_result(), make_result("reactive")])["not_measured"]
     for path, reason in (

@@ -109,14 +109,23 @@ def test_a_shard_without_runs_does_nothing_and_says_so(tmp_path):
 
 def test_a_folder_is_summarised_without_what_cannot_be_read(tmp_path):
     one = ran(tmp_path, experiments=LIST[:1])
-    (result,) = one.results
+    counts = one.summary["experiment_summary"]
     (one.folder / "reactive_broken.json").write_text("{")
     report = command("--summarise", one.folder, "--no-plots", folder=one.folder)
     assert report.code == 1
     assert f"left out: {one.folder / 'reactive_broken.json'}: " in report.err
-    assert report.summary["experiment_summary"]["total_experiments"] == 1
     assert len(report.summary["unreadable_files"]) == 1
-    assert report.summary["experiment_summary"]["total_duration_seconds"] == result["duration_seconds"]
+    assert counts["total_experiments"] == counts["planned_experiments"] == 1
+    assert report.summary["experiment_summary"] == counts  # how it came about is still known
+
+
+def test_where_no_summary_says_how_results_came_about_their_own_times_are_added_up(tmp_path):
+    one = ran(tmp_path, experiments=LIST[:1])
+    (result,) = one.results
+    (one.folder / "experiment_summary.json").write_text('{"experiment_summary": {"total_experiments": 2}}')
+    counts = command("--summarise", one.folder, "--no-plots", folder=one.folder).summary["experiment_summary"]
+    assert counts["total_duration_seconds"] == result["duration_seconds"]
+    assert (counts["planned_experiments"], counts["reused_experiments"]) == (None, 1)
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
