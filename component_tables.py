@@ -52,7 +52,7 @@ FIGURES = (
     "tokens equal to HF's",
     "KL divergence from HF's cache, nats",
     "same likeliest token as HF's, %",
-    "perplexity, with HF's cache",
+    "perplexity (with HF's cache)",
     "attention mass recall, %",
     "quality: what went wrong",
     "time to first token, ms",
@@ -168,7 +168,7 @@ def _fidelity(quality: Mapping[str, Any]) -> tuple[str | None, ...]:
     return (
         f"{_interval([fidelity[f'kl_{name}'] for name in ('mean', 'low', 'high')], '.2g')}, n = {fidelity['n_tokens']}",
         _interval([as_percent(fidelity[name]) for name in ("top1_agreement", "top1_low", "top1_high")], ".1f"),
-        None if None in perplexities else "{:.2f}, {:.2f}".format(*perplexities),
+        None if None in perplexities else "{:.2f} ({:.2f})".format(*perplexities),
         None if mass is None else f"{mass:.1f}",
         error,
     )

@@ -41,6 +41,8 @@ MARKERS = ("o", "s", "^", "D", "v", "p", "h", "d")  # one for each context lengt
 FILLS = dict(zip(HATCHES, ("full", "none", "left", "bottom"), strict=True))  # where bars have a hatch
 LINES = ("-", "--", ":", "-.")
 WIDE = 8.0  # the largest cost over the least, from which on costs are drawn in decades
+MARKER_SIZE, RING = 9, 6  # of a point; and by how much one is larger that another one covers
+SAME_PLACE = 0.03  # how near points lie that cover each other, as a share of the largest cost, or of their loss
 MOST_NUMBERED_CELLS, MOST_COLUMNS = 80, 4
 
 
@@ -167,9 +169,14 @@ def _draw_points(
             front = [places[index] for index in pareto_front(ranks)]
             line = {"color": "#777777", "linewidth": 1.1, "linestyle": LINES[place % len(LINES)], "zorder": 2}
             axis.plot(*zip(*front, strict=True), **line, gid="front")
-        for point in at_context:
-            marker = _marker(styles[point.strategy], place)
-            axis.plot(point.costs[column], point.losses[measure], **marker, zorder=3, clip_on=False, gid="point")
+        most = max(point.costs[column] for point in drawn)
+        for nth, point in enumerate(at_context):
+            cost, loss = point.costs[column], point.losses[measure]
+            # A point that others cover shows as a ring around them.
+            later = [(other.costs[column], other.losses[measure]) for other in at_context[nth + 1 :]]
+            n_above = sum(abs(cost - x) < SAME_PLACE * most and _looks_like(loss, y, least) for x, y in later)
+            marker = _marker(styles[point.strategy], place) | {"markersize": MARKER_SIZE + RING * n_above}
+            axis.plot(cost, loss, **marker, zorder=3 - 0.01 * n_above, clip_on=False, gid="point")
     title, unit = COSTS[column]
     axis.set_title(title, loc="left", size=12, weight="bold", color=INK)
     axis.set_xlabel(unit, size=9.5, color=INK)
@@ -191,9 +198,14 @@ def _marker(style: dict[str, str], place: int) -> dict[str, Any]:
         "fillstyle": FILLS[style["hatch"]],
         "markerfacecoloralt": "white",
         "markeredgecolor": style["color"] if FILLS[style["hatch"]] != "full" else "white",
-        "markersize": 9,
+        "markersize": MARKER_SIZE,
         "linestyle": "",
     }
+
+
+def _looks_like(loss: float, other: float, least: float) -> bool:
+    """Whether two losses are drawn in about the same place; what is below `least` is drawn at 0."""
+    return abs(loss - other) <= max(least, SAME_PLACE * max(abs(loss), abs(other)))
 
 
 def _scale_cost(axis: Axes, costs: Sequence[float]) -> None:

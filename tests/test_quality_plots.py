@@ -58,6 +58,9 @@ def lines_of(axis, gid):
     return [[tuple(map(float, place)) for place in line.get_xydata()] for line in axis.lines if line.get_gid() == gid]
 
 
+COVERING = (("covered", 60.0, 0.5), ("above", 61.0, 0.505), ("elsewhere", 62.0, 0.9))  # name, ms, nats
+
+
 def test_a_point_is_a_strategy_in_a_cell_with_its_mean_costs():
     again = make_result("reactive", repetition=1, tpot_ms=64.0, name="quest")  # its fidelity is not measured again
     (point,) = (
@@ -88,6 +91,14 @@ def test_contexts_have_fronts_and_markers_of_their_own_and_strategies_keep_their
     short, long = points[60.0, 0.125], points[90.0, 0.25]
     assert short.get_color() == long.get_color() == strategy_styles(list(frame["strategy"].unique()))["quest"]["color"]
     assert short.get_marker() != long.get_marker()
+
+
+def test_points_in_one_place_lie_in_one_another_as_rings():
+    covered, above, elsewhere = (measured(name, ms, 40, kl) for name, ms, kl in COVERING)
+    axis = pareto_figure(to_frame([SWEEP[0], covered, above, elsewhere])).axes[0]
+    points = {line.get_xydata()[0][0]: line for line in axis.lines if line.get_gid() == "point"}
+    assert points[60.0].get_markersize() > points[61.0].get_markersize() == points[62.0].get_markersize()
+    assert points[60.0].get_zorder() < points[61.0].get_zorder()
 
 
 @pytest.mark.parametrize("kl_nats", [0.0, 1e-12, 0.004, 0.9, 30.0])
