@@ -14,7 +14,8 @@ with all pages resident while a worker copies as many bytes, other ones for each
 link the contestants are
 
     reactive       a layer's missing pages are fetched when it asks
-    predictive     the next layer's missing pages are copied while this one computes
+    predictive     a later layer's missing pages are copied while this one computes; several layers ahead, as between the
+                   last layer of a step and the first of the next lies the output layer, in which a link would run dry
 
 First the copies alone are measured: what bandwidth a transfer of pages reaches, by how many pages it has.
 The last line of stdout is one JSON document.
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--page-size", type=int, default=256, help="tokens in a page")
     options.add_argument("--resident", type=float, default=0.75, help="share of the pages on the device")
+    options.add_argument("--lookahead", type=int, default=4, help="layers ahead that predictive streaming copies")
     options.add_argument("--policy", default="lru", help="which page to evict; exact attention hits as often under any")
     options.add_argument("--rounds", type=int, default=7, help="measurements of each contestant")
     options.add_argument("--tokens", type=int, default=4, help="tokens in one measurement")
@@ -150,10 +152,11 @@ def case(
     staging = max(4, 2 * (whole - budget))
     settings = {"page_size": size, "max_gpu_pages": budget, "staging_pages": staging, "link": link}
     settings["policy"] = arguments.policy
+    ahead = {"lookahead": arguments.lookahead, "prefetch_k": staging, "prefetch_evicts": False}
     made = {
         "all resident": paged(model, n_positions, page_size=size, max_gpu_pages=whole, staging_pages=1),
         "reactive": paged(model, n_positions, **settings),
-        "predictive": paged(model, n_positions, "layer_ahead", **settings, prefetch_k=staging, prefetch_evicts=False),
+        "predictive": paged(model, n_positions, "layer_ahead", **settings, **ahead),
     }
     decoders = {one: Decoder(model, context, context.poured_into(cache)) for one, cache in made.items()}
     bandwidth = choose_link(link, model.device.type).bandwidth_gb_s
