@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from metrics import percent, ratio, speedup_percent, spread
 from result_frame import CELL, successful, unique, values
-from run_statistics import WIDE_PERCENT, Ratio, log_ratio, paired_ratio, spread_percent
+from run_statistics import UNEVEN_PERCENT, WIDE_PERCENT, Ratio, log_ratio, paired_ratio, spread_percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,6 +213,20 @@ def wide_cells(frame: pd.DataFrame) -> list[tuple[str, int, float]]:
         wide = spread_percent(values(runs, "tpot_ms"))
         if wide is not None and wide > WIDE_PERCENT:
             cells.append((strategy, int(context), wide))
+    return cells
+
+
+def uneven_cells(frame: pd.DataFrame) -> list[tuple[str, int, float]]:
+    """Strategy, context and percent of each cell with a run whose mean time per token lies more than `UNEVEN_PERCENT`
+    above its median: a few of its tokens took very long, as when something else ran on the machine. It shows in a
+    single run as well, and the mean is what speed-ups are made of. The percent are those of the worst run."""
+    cells = []
+    for (strategy, _, context), runs in successful(frame).groupby(["strategy", *CELL], sort=False):
+        timed = runs[["tpot_ms", "itl_p50_ms"]].dropna().astype(float)
+        shares = [percent(mean_ms, median_ms) for mean_ms, median_ms in timed.itertuples(index=False)]
+        above = max((share - 100.0 for share in shares if share is not None), default=0.0)
+        if above > UNEVEN_PERCENT:
+            cells.append((strategy, int(context), above))
     return cells
 
 

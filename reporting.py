@@ -28,6 +28,7 @@ from comparison import (
     paired_std,
     references,
     repetition_std,
+    uneven_cells,
     wide_cells,
 )
 from intervals import RESAMPLES
@@ -46,7 +47,7 @@ from result_frame import (
     values,
 )
 from result_tables import markdown_tables, print_tables, tables
-from run_statistics import WIDE_PERCENT, Ratio, median_with_interval
+from run_statistics import UNEVEN_PERCENT, WIDE_PERCENT, Ratio, median_with_interval
 from utils import write_json
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ DEFINITIONS = {
     "warmup_runs": "Runs made and thrown away before the first repetition of a strategy at a context length; no figure"
     " here has them in it.",
     "warnings": "Cells whose runs differ by more than"
-    f" {WIDE_PERCENT:g} %: 100 x (largest - smallest) / median of latency_ms over runs.",
+    f" {WIDE_PERCENT:g} %: 100 x (largest - smallest) / median of latency_ms over runs; and cells with a run whose"
+    f" latency_ms is more than {UNEVEN_PERCENT:g} % above its itl_p50_ms, as a few of its tokens took very long.",
     "ttft_ms": "Time from start to first token in milliseconds: the prefill.",
     "tokens_per_second": "N / E2E of one sequence, prefill included; batch_tokens_per_second: x batch.",
     "cache_hit_rate": "Hits / accesses in decode, 0 to 1; an access is a page wanted by a layer in a step, a hit one"
@@ -311,6 +313,9 @@ def _warnings(frame: pd.DataFrame) -> list[str]:
     return [
         f"{strategy} at {context} tokens: runs differ by {wide:.1f} % of their median latency"
         for strategy, context, wide in wide_cells(frame)
+    ] + [
+        f"{strategy} at {context} tokens: a run's mean time per token is {above:.1f} % above its median"
+        for strategy, context, above in uneven_cells(frame)
     ]
 
 

@@ -24,11 +24,12 @@ from comparison import (
     paired_std,
     references,
     repetition_std,
+    uneven_cells,
     wide_cells,
 )
 from quality_tables import quality_table, reading_table, tasks_table
 from result_frame import describe_setting, failed, successful, unique, values
-from run_statistics import NO_DIFFERENCE, WIDE_PERCENT, median_with_interval
+from run_statistics import NO_DIFFERENCE, UNEVEN_PERCENT, WIDE_PERCENT, median_with_interval
 from text_tables import DASH, Table, caveats, decimals, number_text, ratio_text
 
 if TYPE_CHECKING:  # both take long to import, and `main.py --help` should not wait for them
@@ -360,13 +361,19 @@ def range_chance(n_pairs: int) -> str:
 
 
 def _wide_note(frame: pd.DataFrame) -> str:
-    cells = [f"{strategy} at {context} ({wide:.1f} %)" for strategy, context, wide in wide_cells(frame)]
-    if not cells:
-        return ""
-    return (
-        f" WARNING: runs differ by more than {WIDE_PERCENT:.0f} % ((largest - smallest) / median latency):"
-        f" {', '.join(cells)}."
+    """Warnings of figures that more runs, or a quieter machine, may change."""
+    return _warning(
+        wide_cells(frame), f"runs differ by more than {WIDE_PERCENT:.0f} % ((largest - smallest) / median latency)"
+    ) + _warning(
+        uneven_cells(frame),
+        f"a few tokens took so long that a run's mean is more than {UNEVEN_PERCENT:.0f} % above its median, as when"
+        " something else runs beside it",
     )
+
+
+def _warning(cells: Sequence[tuple[str, int, float]], what: str) -> str:
+    named = ", ".join(f"{strategy} at {context} ({percent:.1f} %)" for strategy, context, percent in cells)
+    return f" WARNING: {what}: {named}." if cells else ""
 
 
 def _coverage_note(frame: pd.DataFrame) -> str:

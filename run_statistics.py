@@ -39,6 +39,8 @@ from intervals import RESAMPLES, bootstrap
 NO_DIFFERENCE = "no difference shown"
 WIDE_PERCENT = 10.0
 """A cell whose runs differ by more than this, in percent of their median, is warned of."""
+UNEVEN_PERCENT = 25.0
+"""A run whose mean time per token exceeds its median by more than this, in percent of it, is warned of."""
 
 
 def median_with_interval(values: Sequence[float], seed: int = 0) -> dict[str, float | int | None]:

@@ -14,8 +14,8 @@ with all pages resident while a worker copies as many bytes, other ones for each
 link the contestants are
 
     reactive       a layer's missing pages are fetched when it asks
-    predictive     a later layer's missing pages are copied while this one computes; several layers ahead, as between the
-                   last layer of a step and the first of the next lies the output layer, in which a link would run dry
+    predictive     a later layer's missing pages are copied while this one computes; several layers ahead, as the output
+                   layer comes before the next step's first one, and a link would run dry in it
 
 First the copies alone are measured: what bandwidth a transfer of pages reaches, by how many pages it has.
 The last line of stdout is one JSON document.

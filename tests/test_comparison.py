@@ -16,6 +16,7 @@ from comparison import (
     paired_std,
     references,
     repetition_std,
+    uneven_cells,
     wide_cells,
 )
 from metrics import spread
@@ -255,3 +256,14 @@ def test_wide_cells_are_those_whose_range_exceeds_a_tenth_of_the_median():
     results = [make_result(repetition=r, tpot_ms=t) for r, t in enumerate((95.0, 100.0, 105.1))]
     results += [make_result("reactive", repetition=r, tpot_ms=t) for r, t in enumerate((95.0, 100.0, 104.9))]
     assert wide_cells(to_frame(results)) == [("baseline", 500, pytest.approx(10.1))]
+
+
+def test_uneven_cells_are_those_of_which_a_run_took_much_longer_on_average_than_in_the_middle():
+    # One of ten tokens took 360 ms more than the others: a mean of 100 + 36 against a median of 100. With 240 ms 124.
+    disturbed, hardly = make_result(), make_result("reactive", name="hardly")
+    for result, more_ms in ((disturbed, 360.0), (hardly, 240.0)):
+        result["timing"]["itl_ms"][3] += more_ms
+        result["timing"]["tpot_ms"] += more_ms / 10
+    frame = to_frame([disturbed, hardly, make_result(repetition=1)])
+    assert uneven_cells(frame) == [("baseline", 500, pytest.approx(36.0))]
+    assert uneven_cells(to_frame([make_result(n_tokens=1)])) == []

@@ -169,6 +169,15 @@ def test_runs_that_differ_by_more_than_a_tenth_are_warned_of(make_table):
 
 
 @pytest.mark.parametrize("make_table", [strategy_table, context_table])
+def test_a_single_run_is_warned_of_whose_mean_a_few_slow_tokens_have_raised(make_table):
+    result = make_result()
+    result["timing"]["itl_ms"][0], result["timing"]["tpot_ms"] = 500.0, 140.0  # of ten, the others 100
+    assert "more than 25 % above its median, as when something else runs beside it: baseline at 500 (40.0 %)." in (
+        make_table(to_frame([result])).caption
+    )
+
+
+@pytest.mark.parametrize("make_table", [strategy_table, context_table])
 def test_without_a_baseline_predictive_runs_are_compared_with_reactive_ones_by_name(make_table):
     pairs = [
         make_result(m, repetition=r, tpot_ms=t) for r in (0, 1) for m, t in (("reactive", 90.0), ("predictive", 60.0))
