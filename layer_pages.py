@@ -77,9 +77,9 @@ class LayerPages:
             a_page = torch.zeros((1, n_kv_heads, paging.page_size, head_dim), dtype=dtype, device=device)
             self.digests = PageDigests(batch_size, like=selector.digest(a_page))
             self.digests.reserve(n_sealed)
-        shared = lockstep if selector is None else None
+        lockstep = lockstep if selector is None else None
         self.sequences = [
-            PagedSequence(lane, paging, self.store, recorder, layer_idx, shared) for lane in range(batch_size)
+            PagedSequence(lane, paging, self.store, recorder, layer_idx, lockstep) for lane in range(batch_size)
         ]
         self.n_tokens = 0
 

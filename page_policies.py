@@ -46,7 +46,7 @@ class ReplacementPolicy(Protocol):
                                 that were resident have been removed
 
     A policy that is equal (`==`) to another just when both know the same declares `comparable = True` in its own class;
-    then layers that ask alike decide once (lockstep.py).
+    then layers that ask alike decide once (lockstep.py), unless it `needs_mass`.
 
     The same pages touched in the same order again and again are what exact attention asks for in every step; see
     `idempotent`.

@@ -38,7 +38,7 @@ class PagedSequence:
         store: the layer's store, shared by the sequences of a batch.
         recorder: counts for the whole cache.
         layer_idx: for the record.
-        alike: the layers that ask alike; None where this one goes its own way.
+        lockstep: of the layers that ask alike; None where this one goes its own way.
 
     Attributes:
         n_tokens: positions stored; padding is not.
@@ -51,7 +51,7 @@ class PagedSequence:
     """
 
     def __init__(
-        self, lane: int, paging: Paging, store: PageStore, recorder: Recorder, layer_idx: int, alike: Lockstep | None
+        self, lane: int, paging: Paging, store: PageStore, recorder: Recorder, layer_idx: int, lockstep: Lockstep | None
     ):
         self.lane, self.paging, self.store, self.recorder, self.layer_idx = lane, paging, store, recorder, layer_idx
         self.count = partial(recorder.count, layer_idx)
@@ -71,8 +71,9 @@ class PagedSequence:
         self._pinned: tuple[int, set[int]] = (0, set())
         self._on_device: DeviceReads | None = None
         self.shares_table = False
-        is_alike = self._as_set and paging.on_miss == "wait" and vars(type(policy)).get("comparable", False)
-        self._alike = alike if is_alike else None
+        needs_no_mass = not getattr(policy, "needs_mass", False)  # attention differs from layer to layer
+        is_alike = needs_no_mass and vars(type(policy)).get("comparable", False)
+        self._lockstep = lockstep if is_alike and self._as_set and paging.on_miss == "wait" else None
 
     @property
     def n_pages(self) -> int:
@@ -204,7 +205,7 @@ class PagedSequence:
     def fork(self, lane: int) -> PagedSequence:
         """A copy in another lane, whose slots hold the same bytes already. Sealed pages are shared with it on the host,
         as they never change. What was on its way to this sequence only is not copied."""
-        other = PagedSequence(lane, self.paging, self.store, self.recorder, self.layer_idx, self._alike)
+        other = PagedSequence(lane, self.paging, self.store, self.recorder, self.layer_idx, self._lockstep)
         other.table = self.table.fork(other.table.first_slot)
         other.yardstick = self.yardstick.copy()
         other.n_tokens, other.holes, other.host_rows = self.n_tokens, list(self.holes), list(self.host_rows)
@@ -240,7 +241,7 @@ class PagedSequence:
             ranking: all pages that are guessed, most wanted first, those to be copied among them.
             kept: pages that are about to be attended, and so given up for none.
         """
-        slots = self.table.stage_free(pages)
+        slots = self.own_table().stage_free(pages)
         if len(slots) < len(pages):
             rank = {page: place for place, page in enumerate(dict.fromkeys(ranking))}
             kept = {*kept, *self.pinned_pages()}
@@ -303,7 +304,8 @@ class PagedSequence:
             return self._answer_at_once(wave, order, pinned, look_ahead)
         skips = decodes and self.paging.on_miss == "skip"
         must_move = 0 if skips else max(0, len(order) - self.table.max_resident)
-        if decodes and self._alike and (waves := self._alike.ask(self, order, pinned, must_move)):
+        shares = decodes and self._lockstep and not self.arriving
+        if shares and (waves := self._lockstep.ask(self, order, pinned, must_move)):
             return waves
         self.own_table()
         asked = self.yardstick.asked(order, pinned, as_set)
@@ -315,7 +317,7 @@ class PagedSequence:
         self, wave: dict[int, int], order: Sequence[int], pinned: set[int], look_ahead: LooksAhead | None
     ) -> Iterable[dict[int, int]]:
         """Answer a request whose pages are all resident, as a `Resolution` would."""
-        self.table.touch(reversed(order))
+        self.own_table().touch(reversed(order))
         self.yardstick.asked(order, pinned, resident_first=True, hits=order)
         self.count(hits=len(order))
         self.looked_up(order, ())
@@ -338,7 +340,7 @@ class PagedSequence:
         """Answer the request of the step before, which finds everything where it was. Plain LRU keeps its order by it,
         and so does a policy that says so of its touches."""
         if not self._touches_are_idempotent:
-            self.table.touch(reversed(standing.wanted))
+            self.own_table().touch(reversed(standing.wanted))
         n = len(standing.wanted)
         self.count(hits=n, lru_hits=n, shadow_hits=n, shadow_slots_hits=n)
         if look_ahead is not None:

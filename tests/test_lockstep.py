@@ -12,7 +12,7 @@ from tiny_models import CONFIGS, logits_and_counts, make_model
 import lockstep
 from kv_paging import PagedKVCache
 from lockstep import Lockstep, RepeatedRequest
-from page_policies import LRU
+from page_policies import LRU, AttentionMass
 from predictive_prefetch import PrefetchingKVCache
 
 TIGHT = {"page_size": 8, "max_gpu_pages": 5, "staging_pages": 2, "link": "memory", "record_pages": True}
@@ -105,6 +105,19 @@ def test_a_layer_goes_its_own_way_where_its_pages_are_others(llama, monkeypatch,
     require_the_same(together, logits_and_counts(llama, PagedKVCache(llama.config, **TIGHT), change=change, batch=2))
 
 
+def crop_into_the_budget(cache):
+    cache.crop(38 - cache.get_seq_length())  # five pages of 8, in which no page has to move for a while
+
+
+@pytest.mark.parametrize("policy", ["lru", "mru", "fifo", "lfu", "clock", "s3fifo"])
+def test_a_layer_goes_its_own_way_from_a_table_that_all_hold_while_nothing_moves(llama, monkeypatch, repeats, policy):
+    settings, how = TIGHT | {"policy": policy}, {"change": crop_into_the_budget, "n_prompt": 20, "n_new": 160}
+    together = logits_and_counts(llama, PagedKVCache(llama.config, **settings), **how)
+    assert repeats() > 0
+    alone(monkeypatch)
+    require_the_same(together, logits_and_counts(llama, PagedKVCache(llama.config, **settings), **how))
+
+
 def test_no_table_is_changed_that_another_layer_holds(llama):
     cache = PagedKVCache(llama.config, **TIGHT)
     logits_and_counts(llama, cache)
@@ -117,9 +130,25 @@ def test_no_table_is_changed_that_another_layer_holds(llama):
     assert not first.table.resident
 
 
+def test_pages_copied_ahead_leave_the_table_that_all_hold(llama):
+    cache = PagedKVCache(llama.config, **TIGHT)
+    logits_and_counts(llama, cache)
+    first, second = (layer.pages.sequences[0] for layer in cache.paged_layers)
+    (page, *_) = sorted(set(range(first.n_sealed)) - first.table.resident.keys())
+    first.prefetch([page], [page])
+    assert page in first.table.staged and page not in second.table.staged
+
+
 @dataclass(frozen=True)
 class Derived(LRU):
     """A policy that says nothing of being comparable itself."""
+
+
+@dataclass
+class HeedsMass(AttentionMass):
+    """One that says so, and goes by attention, which differs from layer to layer."""
+
+    comparable: ClassVar[bool] = True
 
 
 class Unequal(LRU):
@@ -135,6 +164,7 @@ class Unequal(LRU):
     [
         {"policy": "test_lockstep:Derived"},
         {"policy": "test_lockstep:Unequal"},
+        {"policy": "test_lockstep:HeedsMass"},
         {"policy": "attention"},
         {"access_order": "position"},
         {"on_miss": "skip", "selector": "quest", "attention_pages": 4},
