@@ -31,6 +31,7 @@ from pool_reads import Stretch, device_index
 from yardstick import Yardstick
 
 ABSENT = -1  # in place of a slot, or of a page
+LEAST_ALLOCATED = 512  # bytes, that PyTorch gives a tensor on CUDA
 
 
 class DevicePageTable:
@@ -210,6 +211,11 @@ class DeviceReads:
         counts = yardstick.answer([*sorted(pinned), *pages], pinned, hits)
         evictions = n_missed - n_into_free
         return counts | {"hits": len(hits), "misses": n_missed, "h2d_pages": n_missed, "evictions": evictions}
+
+    @staticmethod
+    def kept_bytes(chosen: torch.Tensor) -> int:
+        """Bytes of device memory that a request takes until its `counts` are asked for: three tensors as long."""
+        return 3 * max(LEAST_ALLOCATED, chosen.nbytes)
 
     def end(self) -> None:
         """Give the slots back; the pages in them are on the host."""

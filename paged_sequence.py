@@ -378,7 +378,7 @@ class PagedSequence:
             chosen, self.host_rows, n_choosable, slots, part_tokens, names_pages
         )
         counts = partial(self._on_device.counts, self.yardstick, pinned, chosen, was_there, ranked)
-        self.recorder.count_later(self.layer_idx, counts, len(chosen))
+        self.recorder.count_later(self.layer_idx, counts, self._on_device.kept_bytes(chosen))
         return stretches
 
     def _end_lease(self) -> None:

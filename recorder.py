@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from timeline import Copy, Timeline
 
 EVENT_RESOLUTION_MS = 0.005  # two CUDA events next to each other are a few microseconds apart
-MOST_LATER = 2**23  # page numbers that may be kept for counting later: 64 MB of references, at most 300 MB in all
+MOST_LATER_BYTES = 2**28  # kept for counting later; less would have long contexts counted in the midst of a run
 
 Stall = float | Callable[[], float]
 Counts = Mapping[str, float]  # by field of StepRecord
@@ -147,16 +147,16 @@ class Recorder:
         """Add to the current step, and for decode to its layer: `count(3, hits=7, misses=1)`."""
         self._noted.append((self._now or _no_step(), layer, counts))
 
-    def count_later(self, layer: int, counts: Callable[[], Counts], n_pages: int) -> None:
+    def count_later(self, layer: int, counts: Callable[[], Counts], n_bytes: int) -> None:
         """Add to the current step what takes time to find out and is wanted after the run: `counts` is called when the
         counts are read, or when there is much to be kept until then. First come, first called.
 
         Args:
-            n_pages: about how many page numbers it keeps.
+            n_bytes: about what it keeps, on the host or the device.
         """
         self._later.append((self._now or _no_step(), layer, counts))
-        self._n_later += n_pages
-        if self._n_later > MOST_LATER:
+        self._later_bytes += n_bytes
+        if self._later_bytes > MOST_LATER_BYTES:
             self.catch_up()
 
     def catch_up(self) -> None:
@@ -254,7 +254,7 @@ class Recorder:
         while self._later:
             step, layer, counts = self._later.popleft()
             self._add(step, layer, counts())
-        self._n_later = 0
+        self._later_bytes = 0
 
     def _sum_up(self) -> None:
         noted, add = self._noted, self._add

@@ -14,6 +14,8 @@ from functools import partial
 from recorder import Recorder
 from shadow_lru import ShadowLRU
 
+REQUEST_BYTES, PAGE_BYTES = 400, 36  # that a noted request takes, and each page number in it
+
 
 class Asked:
     """A request, as plain LRU is going to be asked it.
@@ -74,15 +76,15 @@ class Yardstick:
     def opened(self, page: int, pinned: Collection[int]) -> None:
         """Computation has begun to write a page."""
         self._most_pages = max(self._most_pages, page + 1)
-        self._recorder.count_later(self._layer_idx, partial(self._insert, page, pinned), 1)
+        self._recorder.count_later(self._layer_idx, partial(self._insert, page, pinned), REQUEST_BYTES)
 
     def asked(
         self, pages: Sequence[int], pinned: Collection[int], resident_first: bool, hits: Collection[int] = ()
     ) -> Asked:
         """A request; see `Asked`. Where its hits are known, a range of pages takes no memory until it is counted."""
-        n_kept = 0 if hits and isinstance(pages, range) else len(pages)
+        n_bytes = REQUEST_BYTES + (0 if hits and isinstance(pages, range) else PAGE_BYTES * len(pages))
         asked = Asked((pages, pinned, resident_first), self._shadows, hits)
-        self._recorder.count_later(self._layer_idx, asked.answer, n_kept)
+        self._recorder.count_later(self._layer_idx, asked.answer, n_bytes)
         return asked
 
     def answer(self, pages: Sequence[int], pinned: Collection[int], hits: Sequence[int]) -> dict[str, int]:

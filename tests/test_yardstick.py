@@ -36,13 +36,13 @@ def counts_of(recorder: Recorder) -> dict[str, int]:
     return {name: decode[name] for name in COUNTED}
 
 
-@given(EVENTS, st.integers(1, 4), st.integers(0, 3), st.sampled_from([0, 5, 10**6]))
+@given(EVENTS, st.integers(1, 4), st.integers(0, 3), st.sampled_from([0, 2000, 10**8]))
 def test_later_counts_what_asking_at_once_would(events, budget, staging, most_later):
     recorder, expected = decoding(), dict.fromkeys(COUNTED, 0)
     made = Yardstick(recorder, 0, budget, budget + staging)
     naive = ShadowLRU(budget), ShadowLRU(budget + staging)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder_module, "MOST_LATER", most_later)
+        patch.setattr(recorder_module, "MOST_LATER_BYTES", most_later)
         for kind, *given in events:
             if kind == "ask":
                 held, by_all_slots = (shadow.ask(*given) for shadow in naive)
@@ -121,3 +121,13 @@ def test_forgetting_the_counts_does_not_forget_what_plain_lru_was_asked():
     assert counts_of(recorder)["shadow_hits"] == 0
     made.asked([0], (), True)
     assert counts_of(recorder)["shadow_hits"] == 1
+
+
+def test_no_more_is_kept_for_later_than_the_limit_also_of_requests_that_repeat(monkeypatch):
+    recorder, kept = decoding(), []
+    monkeypatch.setattr(recorder_module, "MOST_LATER_BYTES", 40_000)
+    made = Yardstick(recorder, 0, 4, 6)
+    for _ in range(500):
+        made.asked(range(4), (), True, hits=range(4))
+        kept.append(len(recorder._later))
+    assert 50 < max(kept) <= 100
