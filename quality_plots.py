@@ -42,7 +42,7 @@ FILLS = dict(zip(HATCHES, ("full", "none", "left", "bottom"), strict=True))  # w
 LINES = ("-", "--", ":", "-.")
 WIDE = 8.0  # the largest cost over the least, from which on costs are drawn in decades
 MARKER_SIZE, RING = 9, 6  # of a point; and by how much one is larger that another one covers
-SAME_PLACE = 0.03  # how near points lie that cover each other, as a share of the largest cost, or of their loss
+SAME_PLACE = 0.02  # how near points lie that cover each other, as a share of the panel
 MOST_NUMBERED_CELLS, MOST_COLUMNS = 80, 4
 
 
@@ -169,14 +169,9 @@ def _draw_points(
             front = [places[index] for index in pareto_front(ranks)]
             line = {"color": "#777777", "linewidth": 1.1, "linestyle": LINES[place % len(LINES)], "zorder": 2}
             axis.plot(*zip(*front, strict=True), **line, gid="front")
-        most = max(point.costs[column] for point in drawn)
-        for nth, point in enumerate(at_context):
-            cost, loss = point.costs[column], point.losses[measure]
-            # A point that others cover shows as a ring around them.
-            later = [(other.costs[column], other.losses[measure]) for other in at_context[nth + 1 :]]
-            n_above = sum(abs(cost - x) < SAME_PLACE * most and _looks_like(loss, y, least) for x, y in later)
-            marker = _marker(styles[point.strategy], place) | {"markersize": MARKER_SIZE + RING * n_above}
-            axis.plot(cost, loss, **marker, zorder=3 - 0.01 * n_above, clip_on=False, gid="point")
+        for point in at_context:
+            marker = _marker(styles[point.strategy], place)
+            axis.plot(point.costs[column], point.losses[measure], **marker, zorder=3, clip_on=False, gid="point")
     title, unit = COSTS[column]
     axis.set_title(title, loc="left", size=12, weight="bold", color=INK)
     axis.set_xlabel(unit, size=9.5, color=INK)
@@ -189,6 +184,7 @@ def _draw_points(
     else:
         _scale_share(axis, losses)
     _scale_cost(axis, [point.costs[column] for point in drawn])
+    _ring_the_covered(axis)
 
 
 def _marker(style: dict[str, str], place: int) -> dict[str, Any]:
@@ -203,9 +199,14 @@ def _marker(style: dict[str, str], place: int) -> dict[str, Any]:
     }
 
 
-def _looks_like(loss: float, other: float, least: float) -> bool:
-    """Whether two losses are drawn in about the same place; what is below `least` is drawn at 0."""
-    return abs(loss - other) <= max(least, SAME_PLACE * max(abs(loss), abs(other)))
+def _ring_the_covered(axis: Axes) -> None:
+    """A point that later ones cover shows as a ring around them. Of a panel whose scales are set."""
+    points = [line for line in axis.lines if line.get_gid() == "point"]
+    in_panel = axis.transScale + axis.transLimits  # from figures to shares of the panel's width and height
+    places = [in_panel.transform(line.get_xydata()[0]) for line in points]
+    for nth, (line, (x, y)) in enumerate(zip(points, places, strict=True)):
+        n_above = sum(abs(x - right) < SAME_PLACE and abs(y - up) < SAME_PLACE for right, up in places[nth + 1 :])
+        line.set(markersize=MARKER_SIZE + RING * n_above, zorder=3 - 0.01 * n_above)
 
 
 def _scale_cost(axis: Axes, costs: Sequence[float]) -> None:

@@ -58,9 +58,6 @@ def lines_of(axis, gid):
     return [[tuple(map(float, place)) for place in line.get_xydata()] for line in axis.lines if line.get_gid() == gid]
 
 
-COVERING = (("covered", 60.0, 0.5), ("above", 61.0, 0.505), ("elsewhere", 62.0, 0.9))  # name, ms, nats
-
-
 def test_a_point_is_a_strategy_in_a_cell_with_its_mean_costs():
     again = make_result("reactive", repetition=1, tpot_ms=64.0, name="quest")  # its fidelity is not measured again
     (point,) = (
@@ -93,12 +90,21 @@ def test_contexts_have_fronts_and_markers_of_their_own_and_strategies_keep_their
     assert short.get_marker() != long.get_marker()
 
 
+def sizes_of(*points):
+    """The sizes of markers by milliseconds, of points (ms, nats) beside a baseline of 100 ms."""
+    results = [measured(f"at {ms}", ms, 40, nats) for ms, nats in points]
+    axis = pareto_figure(to_frame([SWEEP[0], *results])).axes[0]
+    return {line.get_xydata()[0][0]: line.get_markersize() for line in axis.lines if line.get_gid() == "point"}
+
+
 def test_points_in_one_place_lie_in_one_another_as_rings():
-    covered, above, elsewhere = (measured(name, ms, 40, kl) for name, ms, kl in COVERING)
-    axis = pareto_figure(to_frame([SWEEP[0], covered, above, elsewhere])).axes[0]
-    points = {line.get_xydata()[0][0]: line for line in axis.lines if line.get_gid() == "point"}
-    assert points[60.0].get_markersize() > points[61.0].get_markersize() == points[62.0].get_markersize()
-    assert points[60.0].get_zorder() < points[61.0].get_zorder()
+    sizes = sizes_of((60.0, 0.5), (61.0, 0.505), (62.0, 0.9), (60.5, 0.05))
+    assert sizes[60.0] > sizes[61.0] == sizes[62.0] == sizes[60.5]
+
+
+def test_points_that_decades_set_apart_are_no_rings():
+    sizes = sizes_of((2.0, 0.5), (4.0, 0.5), (305.0, 0.1))  # 1 % of the largest cost apart, and a tenth of the panel
+    assert len(set(sizes.values())) == 1
 
 
 @pytest.mark.parametrize("kl_nats", [0.0, 1e-12, 0.004, 0.9, 30.0])
