@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from exports import write_exports
 from plot_list import save_all_plots
-from report_facts import earlier_counts
 from report_html import write_report
-from reporting import load_results, print_tables, task_scores, to_frame, write_summary
+from reporting import SUMMARY_FILE, earlier_counts, load_results, print_tables, task_scores, to_frame, write_summary
 from result_frame import Result, number_at, text_at
 from result_store import whole
 
@@ -51,7 +50,7 @@ def publish(
         print(
             f"quality of {n_runs} run{'s' if n_runs > 1 else ''}, which counts as a failure: {reason}", file=sys.stderr
         )
-    console.print(f"results: {folder}, summary: {folder / 'experiment_summary.json'}, report: {report}", soft_wrap=True)
+    console.print(f"results: {folder}, summary: {folder / SUMMARY_FILE}, report: {report}", soft_wrap=True)
 
 
 def publish_folder(folder: Path, console: Console, plot_formats: Sequence[str]) -> bool:
@@ -69,6 +68,6 @@ def publish_folder(folder: Path, console: Console, plot_formats: Sequence[str]) 
     if not blocks:
         raise ValueError(f"{folder}: there are no results; name a folder that a run has written to")
     seconds = sum(number_at(block, "duration_seconds") or 0.0 for block in blocks)
-    counts = {"duration_seconds": seconds, "reused": len(blocks)} | earlier_counts(folder, len(blocks))
+    counts = {"duration_seconds": seconds, "reused": len(blocks)} | earlier_counts(folder, blocks)
     publish(blocks, folder, console, plot_formats, problems=problems, **counts)
     return whole(blocks) and not problems

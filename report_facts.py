@@ -6,10 +6,8 @@ as there are different ones, and what no run could find out is not known rather 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from html_text import Html, element, joined
@@ -43,19 +41,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def earlier_counts(folder: Path, n_results: int) -> dict[str, Any]:
-    """How a folder's results came about, as `reporting.summarise` takes it, from the summary that their sweep has left
-    there; empty if there is none, or it is of another number of results."""
-    try:
-        counts = json.loads((folder / "experiment_summary.json").read_text(encoding="utf-8"))["experiment_summary"]
-        if counts["total_experiments"] != n_results:
-            return {}
-        kept = {name: counts[f"{name}_experiments"] for name in ("planned", "reused")}
-        return {"duration_seconds": counts["total_duration_seconds"], "interrupted": counts["interrupted"], **kept}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
 
 
 def commit(result: Result) -> str:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from html_text import Html, element, joined
 from quality_frame import approximate, task_scores
-from report_facts import commit, dates, duration, earlier_counts, environments, models
+from report_facts import commit, dates, duration, environments, models
 from report_figures import data_uri, drawings
 from report_parts import Marks, code_part, figure_part, notice_part, section_part, table_part, terms_part
 from report_style import STYLE
-from reporting import summarise
+from reporting import earlier_counts, summarise
 from result_frame import (
     Result,
     describe_setting,
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not results:
         print(*problems, f"{arguments.folder}: no results there", sep="\n", file=sys.stderr)
         return NO_RESULTS
-    summary = summarise(results, **earlier_counts(arguments.folder, len(results)), problems=problems)
+    summary = summarise(results, **earlier_counts(arguments.folder, results), problems=problems)
     print(write_report(results, to_frame(results), summary, arguments.folder, not arguments.no_plots))
     return OK
 

@@ -91,6 +91,7 @@ LAYERS = (
     "folder_comparison",
     "quality_frame",
     "comparison",
+    "definitions",
     "shards",
     "result_store",
     "result_schema",

@@ -13,6 +13,8 @@ import psutil
 import pytest
 from test_main import PATIENCE_S, PROJECT, command, environment_with_project, ran, write_config
 
+from reporting import write_summary
+
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
 LIST = [
@@ -119,10 +121,23 @@ def test_a_folder_is_summarised_without_what_cannot_be_read(tmp_path):
     assert report.summary["experiment_summary"] == counts  # how it came about is still known
 
 
-def test_where_no_summary_says_how_results_came_about_their_own_times_are_added_up(tmp_path):
+def no_summary(folder):
+    (folder / "experiment_summary.json").unlink()
+
+
+def summary_of_others(folder):
+    (folder / "experiment_summary.json").write_text('{"experiment_summary": {"total_experiments": 2}}')
+
+
+def summary_without_times(folder):
+    write_summary(folder)  # as a library, not as a sweep
+
+
+@pytest.mark.parametrize("leave", [no_summary, summary_of_others, summary_without_times])
+def test_where_no_summary_says_how_results_came_about_their_own_times_are_added_up(tmp_path, leave):
     one = ran(tmp_path, experiments=LIST[:1])
     (result,) = one.results
-    (one.folder / "experiment_summary.json").write_text('{"experiment_summary": {"total_experiments": 2}}')
+    leave(one.folder)
     counts = command("--summarise", one.folder, "--no-plots", folder=one.folder).summary["experiment_summary"]
     assert counts["total_duration_seconds"] == result["duration_seconds"]
     assert (counts["planned_experiments"], counts["reused_experiments"]) == (None, 1)
