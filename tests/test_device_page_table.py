@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from device_page_table import DevicePageTable, gather_with_torch, look_up_with_torch
 from kv_paging import PagedKVCache
+from metrics import Timing
 from predictive_prefetch import PrefetchingKVCache
 
 PAGING = {"page_size": 8, "max_gpu_pages": 8, "staging_pages": 3, "link": "memory"}
@@ -156,6 +157,15 @@ def test_a_context_is_continued_cropped_and_used_again(llama):
         return seen
 
     assert run("device") == run("host")
+
+
+@pytest.mark.parametrize("page_table, is_known", [("host", True), ("device", False)])
+def test_how_long_pages_travel_is_not_known_where_they_are_read_in_passing(llama, page_table, is_known):
+    _, cache = tokens_with(llama, make_prompt(90), page_table=page_table)
+    figures = cache.figures(Timing.from_token_times([], batch_size=1, clock="none"))["cache"]
+    assert figures["h2d_bytes"] > 0
+    for name in ("transfer_ms", "hidden_transfer_share", "effective_bandwidth_gb_s"):
+        assert (figures[name] is not None) == is_known, name
 
 
 def test_slots_that_were_lent_come_back(llama):

@@ -95,6 +95,13 @@ def test_what_changes_the_pages_ends_the_repeats_and_changes_no_answer(llama, mo
     assert fast[1] == slow[1]
 
 
+def test_cropping_nothing_ends_no_repeats(llama, repeats):
+    logits_and_counts(llama, PagedKVCache(llama.config, **ROOMY))
+    undisturbed = repeats()
+    logits_and_counts(llama, PagedKVCache(llama.config, **ROOMY), change=lambda cache: cache.crop(0))
+    assert repeats() == 2 * undisturbed > 0
+
+
 @pytest.mark.parametrize(
     "settings",
     [
