@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from page_layout import rows_of_pages
 from utils import is_out_of_memory
 
 HOST_ROWS_ADDED = 16  # rows allocated at a time where the context outgrows what was reserved
@@ -61,6 +62,7 @@ class HostPages:
         pinned: whether to ask for pinned memory, which CUDA can copy from while the host goes on.
         memory_rows: rows that lie in memory, the first ones; None for all.
         disk_dir: folder for the others; None for the system's temporary folder. Nothing is ever left in it.
+        by_head: how a page lies in memory; see page_layout.py.
     """
 
     def __init__(
@@ -70,8 +72,9 @@ class HostPages:
         pinned: bool,
         memory_rows: int | None = None,
         disk_dir: Path | str | None = None,
+        by_head: bool = False,
     ):
-        self.page_shape, self.dtype, self.is_pinned = page_shape, dtype, pinned
+        self.page_shape, self.dtype, self.is_pinned, self.by_head = page_shape, dtype, pinned, by_head
         self.memory_rows, self.disk_dir = memory_rows, disk_dir
         self._segments: list[torch.Tensor] = []  # [rows, P, 2, K, D] each
         self._segment_ends: list[int] = []  # row after the last of each segment
@@ -178,10 +181,10 @@ class HostPages:
         return n_rows if self.memory_rows is None else min(n_rows, self.memory_rows)
 
     def _memory_segment(self, n_rows: int) -> torch.Tensor:
-        shape, n_bytes = (n_rows, *self.page_shape), n_rows * self.page_bytes
+        n_bytes, like = n_rows * self.page_bytes, (torch.empty, n_rows, self.page_shape, self.by_head)
         if self.is_pinned:
             try:
-                return torch.empty(shape, dtype=self.dtype, pin_memory=True)
+                return rows_of_pages(*like, dtype=self.dtype, pin_memory=True)
             except RuntimeError as error:  # systems limit pinned memory; results report is_pinned
                 self.is_pinned = False
                 log.warning(
@@ -191,7 +194,7 @@ class HostPages:
                     str(error).partition("\n")[0],
                 )
         try:
-            return torch.empty(shape, dtype=self.dtype)
+            return rows_of_pages(*like, dtype=self.dtype)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -222,7 +225,7 @@ class HostPages:
                 f" {_free_space(folder)} are free ({error}); choose another folder with disk_dir, or keep more pages in"
                 " memory with host_pages"
             ) from error
-        return numbers.view(n_rows, *self.page_shape)
+        return rows_of_pages(numbers.view, n_rows, self.page_shape, self.by_head)
 
 
 def _reserve_space(descriptor: int, n_bytes: int) -> None:

@@ -68,6 +68,7 @@ class LayerPages:
             transport,
             memory_rows=None if paging.host_pages is None else batch_size * paging.host_pages,
             disk_dir=paging.disk_dir,
+            by_head=device.type == "cpu" and selector is None,  # selected pages are gathered
         )
         self.store.reserve_host(batch_size * n_sealed)
         if selector is not None and paging.page_table == "device":

@@ -34,6 +34,7 @@ import torch
 
 from host_pages import HostPages
 from links import Link
+from page_layout import pool_of_pages
 from timeline import DeviceTime
 
 SPIN_SECONDS = 2e-4  # time.sleep overshoots by about this much, so the end of a wait is spun
@@ -291,6 +292,7 @@ class PageStore:
         dtype, device: of the pool.
         transport: what copies travel on; shared by the layers of a device.
         memory_rows, disk_dir: how many host pages lie in memory, and where the others do; see `HostPages`.
+        by_head: how pages lie in memory; see page_layout.py.
 
     Attributes:
         pool: [n_slots, P, 2, K, D]; another tensor after `select_lanes` with another number of lanes.
@@ -306,14 +308,16 @@ class PageStore:
         transport: Transport,
         memory_rows: int | None = None,
         disk_dir: Path | str | None = None,
+        by_head: bool = False,
     ):
+        self._made_like = {"page_shape": page_shape, "by_head": by_head, "dtype": dtype, "device": device}
         # Zeros touch the memory now, outside of any clock. And never an inference tensor, which a caller outside
         # inference mode could not write to.
         with torch.inference_mode(False):
-            self.pool = torch.zeros((n_slots, *page_shape), dtype=dtype, device=device)
+            self.pool = pool_of_pages(torch.zeros, n_slots, **self._made_like)
         transport.adopt(self.pool)
         self.transport = transport
-        self.host = HostPages(page_shape, dtype, device.type == "cuda", memory_rows, disk_dir)
+        self.host = HostPages(page_shape, dtype, device.type == "cuda", memory_rows, disk_dir, by_head)
         self._to_host: dict[int, Ticket] = {}  # slot -> copy that still reads it
         self._to_device: dict[int, Ticket] = {}  # slot -> copy that still writes it
         self._sealing: dict[int, Ticket] = {}  # host row -> copy that writes it, until it is known to have arrived
@@ -407,7 +411,9 @@ class PageStore:
         held = self.pool.view(n_lanes, slots_per_lane, *self.pool.shape[1:])
         with torch.inference_mode(False):  # as for the first pool
             if len(lanes) != n_lanes:
-                self.pool = torch.cat([held[lane] for lane in lanes])
+                self.pool = pool_of_pages(torch.empty, len(lanes) * slots_per_lane, **self._made_like)
+                for lane, place in zip(lanes, self.pool.split(slots_per_lane), strict=True):
+                    place.copy_(held[lane])
                 self.transport.adopt(self.pool)
                 return
             changed = [place for place, lane in enumerate(lanes) if place != lane]

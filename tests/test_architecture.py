@@ -59,6 +59,7 @@ LAYERS = (
     "pool_reads",
     "page_store",
     "host_pages",
+    "page_layout",
     "page_table",
     "padding",
     "stage_clock",

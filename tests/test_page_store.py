@@ -119,10 +119,10 @@ def host_segments_and_transfers(draw):
 
 
 @settings(max_examples=200)
-@given(case=host_segments_and_transfers())
-def test_pages_copied_in_stretches_are_the_pages_copied_one_by_one(case):
+@given(case=host_segments_and_transfers(), by_head=st.booleans())
+def test_pages_copied_in_stretches_are_the_pages_copied_one_by_one(case, by_head):
     ends, pages = case
-    stores = [make_store(n_slots=12), make_store(n_slots=12)]
+    stores = [make_store(n_slots=12, by_head=by_head), make_store(n_slots=12)]
     for store in stores:
         for end in ends:
             store.reserve_host(end)
@@ -137,6 +137,26 @@ def test_pages_copied_in_stretches_are_the_pages_copied_one_by_one(case):
     filled = dict(pages)
     for slot in range(12):
         assert (at_once.pool[slot] == (filled[slot] + 1 if slot in filled else 0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_that_lie_by_head_hold_what_they_would_by_position(dtype, tmp_path):
+    stores = [make_store(12, dtype=dtype, by_head=by_head, memory_rows=2, disk_dir=tmp_path) for by_head in (0, 1)]
+    written = torch.randn(12, *PAGE_SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for store in stores:
+        store.pool.copy_(written)
+        rows = [store.seal(slot) for slot in range(6)]  # two in memory, the others on disk
+        store.drain()
+        assert all(same_bits(store.host.page(row), written[slot]) for slot, row in enumerate(rows))
+        store.fetch([(11 - place, row) for place, row in enumerate(rows)]).wait()
+        assert same_bits(store.pool[6:], written[:6].flip(0))
+        store.select_lanes([1, 0], 6)
+        store.select_lanes([0, 1, 0], 6)  # in a new pool
+        assert same_bits(store.pool, torch.cat([written[:6].flip(0), written[:6], written[:6].flip(0)]))
+    by_position, by_head = (store.pool for store in stores)
+    assert by_position.is_contiguous()
+    assert by_head.permute(2, 3, 0, 1, 4).is_contiguous()  # [2, K, n, P, D]: a head's positions side by side
+    assert by_head[3:7].flatten(0, 1).data_ptr() == by_head[3].data_ptr()  # a stretch is read in place
 
 
 class CountingTransport:
