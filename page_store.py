@@ -1,8 +1,8 @@
 """How page bytes move: a pool of device slots, and the copies between it and the host pages.
 
 One `PageStore` serves one layer. Its pool is one tensor `[n_slots, P, 2, K, D]` (position by position, its key and its
-value), allocated once. So a page is one contiguous block and one copy, and pages next to each other are one stretch of
-positions, which one kernel call attends to. Host pages have the same shape and lie in host_pages.py. The page
+value), allocated once, and pages next to each other are one stretch of positions, which one kernel call attends to; in
+which order their bytes lie, page_layout.py says. Host pages have the same shape and lie in host_pages.py. The page
 table says which slot; the store never decides anything, it only moves bytes.
 
 Copies go through a `Transport`, one for each device, and are first in, first out. A copy that reads what an earlier one

@@ -1,6 +1,6 @@
 """How the pages of a wave are read from the pool: where they lie or gathered first, and in parts of what length.
 
-A page is [P, 2, K, D], position by position, so pages that lie next to each other are one stretch of positions, and one
+A page is [P, 2, K, D], position by position, so pages in slots next to each other are one stretch of positions, and one
 kernel call attends to all of it. A stretch is cut into *parts* of equal length, the batch of the call: each part has an
 output and a log-sum-exp of its own, to be merged. Parts of one page tell what share of the attention each page got.
 Where nobody asks, parts are longer, and end where they end: as short as keeps every thread busy, since merging costs as
