@@ -208,25 +208,31 @@ def overall_speedup(comparisons: Sequence[Comparison]) -> Ratio:
 
 def wide_cells(frame: pd.DataFrame) -> list[tuple[str, int, float]]:
     """Strategy, context and spread in percent of each cell whose runs' TPOT has a spread above `WIDE_PERCENT`."""
-    cells = []
-    for (strategy, _, context), runs in successful(frame).groupby(["strategy", *CELL], sort=False):
-        wide = spread_percent(values(runs, "tpot_ms"))
-        if wide is not None and wide > WIDE_PERCENT:
-            cells.append((strategy, int(context), wide))
-    return cells
+    return _cells_above(WIDE_PERCENT, frame, lambda runs: spread_percent(values(runs, "tpot_ms")))
 
 
 def uneven_cells(frame: pd.DataFrame) -> list[tuple[str, int, float]]:
     """Strategy, context and percent of each cell with a run whose mean time per token lies more than `UNEVEN_PERCENT`
     above its median: a few of its tokens took very long, as when something else ran on the machine. It shows in a
     single run as well, and the mean is what speed-ups are made of. The percent are those of the worst run."""
+    return _cells_above(UNEVEN_PERCENT, frame, _most_above_median)
+
+
+def _most_above_median(runs: pd.DataFrame) -> float | None:
+    timed = runs[["tpot_ms", "itl_p50_ms"]].dropna().astype(float)
+    shares = [percent(mean_ms, median_ms) for mean_ms, median_ms in timed.itertuples(index=False)]
+    return max((share - 100.0 for share in shares if share is not None), default=None)
+
+
+def _cells_above(
+    limit: float, frame: pd.DataFrame, figure: Callable[[pd.DataFrame], float | None]
+) -> list[tuple[str, int, float]]:
+    """Strategy, context and figure of each cell of successful runs whose figure is above the limit."""
     cells = []
     for (strategy, _, context), runs in successful(frame).groupby(["strategy", *CELL], sort=False):
-        timed = runs[["tpot_ms", "itl_p50_ms"]].dropna().astype(float)
-        shares = [percent(mean_ms, median_ms) for mean_ms, median_ms in timed.itertuples(index=False)]
-        above = max((share - 100.0 for share in shares if share is not None), default=0.0)
-        if above > UNEVEN_PERCENT:
-            cells.append((strategy, int(context), above))
+        found = figure(runs)
+        if found is not None and found > limit:
+            cells.append((strategy, int(context), found))
     return cells
 
 
